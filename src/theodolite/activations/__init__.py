@@ -1,0 +1,1 @@
+"""Hidden space: bases, dictionaries, probes, observables."""

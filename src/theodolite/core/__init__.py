@@ -1,0 +1,1 @@
+"""What every room needs, and nothing that knows a method."""

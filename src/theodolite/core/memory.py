@@ -1,0 +1,71 @@
+"""One place that turns a byte budget into chunk sizes."""
+
+__all__ = ["DEFAULT_BUDGET", "bytes_per_row", "chunk_rows", "chunks"]
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from theodolite.core.errors import InputError
+
+DEFAULT_BUDGET = 1 << 30
+"""Bytes that one call may use for the batch it expands: 1 GiB."""
+
+
+def chunk_rows(row_bytes: float, budget: int | None = None, *, at_most: int | None = None) -> int:
+    """How many rows of ``row_bytes`` fit into ``budget`` bytes (default 1 GiB); at least 1.
+
+    >>> chunk_rows(1024, 4096)
+    4
+    """
+    budget = DEFAULT_BUDGET if budget is None else budget
+    if budget < 1:
+        raise InputError(f"a memory budget must be at least 1 byte, got {budget}")
+    rows = max(1, int(budget // max(1.0, row_bytes)))
+    return rows if at_most is None else max(1, min(rows, at_most))
+
+
+def chunks(n: int, row_bytes: float, budget: int | None = None) -> Iterator[slice]:
+    """Slices that cover range(n), each small enough for the budget and all of nearly equal size."""
+    if n == 0:
+        return
+    count = math.ceil(n / chunk_rows(row_bytes, budget))
+    size = math.ceil(n / count)
+    for start in range(0, n, size):
+        yield slice(start, min(n, start + size))
+
+
+class _LargestOutputs(TorchDispatchMode):
+    """Counts the bytes of the outputs of every operator: their sum and the largest single one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        out = func(*args, **(kwargs or {}))
+        for item in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(item, Tensor) and not func.is_view:
+                size = item.numel() * item.element_size()
+                self.total += size
+                self.largest = max(self.largest, size)
+        return out
+
+
+def bytes_per_row(model: nn.Module, row: Tensor, *, gradients: bool) -> float:
+    """Bytes that one more row costs in a forward (or forward and backward) pass of ``model``, measured on one row.
+
+    row: (1, ...) a batch of one. With gradients every intermediate result is kept until the backward pass and its
+    gradient is as large again; without, only an operator's own inputs, output and workspace are alive at a time.
+    """
+    counter = _LargestOutputs()
+    with torch.no_grad(), counter:
+        model(row)
+    own = row.numel() * row.element_size()
+    if gradients:
+        return own * 2 + counter.total * 1.5 + counter.largest * 2
+    return own + counter.largest * 4

@@ -1,0 +1,52 @@
+"""Fan-out over the standard library's executors: in process, a process pool, or a Dask cluster's."""
+
+__all__ = ["seeds_for", "spread"]
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+import numpy as np
+
+from theodolite.core.errors import InputError
+
+T = TypeVar("T")
+
+
+def spread(
+    function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], *, executor: Executor | int | None = None
+) -> list[T]:
+    """``[function(*task) for task in tasks]``, spread over ``executor``; results in the order of the tasks.
+
+    executor: None runs here; an int makes a pool of that many processes for this call; anything with ``submit`` (a
+    ``ProcessPoolExecutor``, a Dask ``client.get_executor()``) is used as it is and left open. The first failing task
+    raises and the tasks not yet started are cancelled.
+
+    >>> spread(pow, [(2, 3), (3, 2)])
+    [8, 9]
+    """
+    work = list(tasks)
+    if executor is None:
+        return [function(*task) for task in work]
+    if isinstance(executor, int):
+        if executor < 1:
+            raise InputError(f"the number of workers must be at least 1, got {executor}")
+        # spawn: a forked child inherits torch's thread pools in a state it cannot use
+        with ProcessPoolExecutor(executor, mp_context=get_context("spawn")) as pool:
+            return _gather(function, work, pool)
+    return _gather(function, work, executor)
+
+
+def _gather(function: Callable[..., T], work: list[tuple[Any, ...]], pool: Executor) -> list[T]:
+    futures: list[Future[T]] = [pool.submit(function, *task) for task in work]
+    try:
+        return [future.result() for future in futures]
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def seeds_for(seed: int, n: int) -> list[int]:
+    """``n`` independent seeds from one, the same however the work is spread."""
+    return [int(child.generate_state(1)[0]) for child in np.random.SeedSequence(seed).spawn(n)]

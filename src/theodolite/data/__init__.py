@@ -1,0 +1,1 @@
+"""Data space: selection, feature sets, shift, novel classes, honest holdouts."""

@@ -1,0 +1,1 @@
+"""Input space: attributions, counterfactuals, surrogates, fidelity."""

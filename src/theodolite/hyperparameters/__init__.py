@@ -1,0 +1,1 @@
+"""Search space: architectures, hyperparameters, prompts as parameters."""

@@ -1,0 +1,1 @@
+"""Trainable models whose insides can be read."""

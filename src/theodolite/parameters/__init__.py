@@ -1,0 +1,1 @@
+"""Weight space: subspaces, low rank, adapters, sharing, pruning, merging."""

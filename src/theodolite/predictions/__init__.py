@@ -1,0 +1,1 @@
+"""Output space: label geometry, prediction sets, inference."""
