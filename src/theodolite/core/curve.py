@@ -16,9 +16,9 @@ from theodolite.core.estimate import Estimate
 class SmallestDimension:
     """The smallest tried dimension whose mean quality reaches `target`.
 
-    dimension is None when no tried dimension reaches it (never the largest tried). estimate holds the bootstrap interval
-    over runs; its high end is infinite where some resamples never reach the target. standard_error is over the
-    resamples that do.
+    dimension is None when no tried dimension reaches it (never the largest tried). estimate holds the bootstrap
+    interval over runs; its high end is infinite where some resamples never reach the target. standard_error is over
+    the resamples that do.
     """
 
     dimension: int | None
@@ -111,9 +111,7 @@ class QualityCurve:
         reached = values[np.isfinite(values)]
         value = float(grid[found])
         estimate = Estimate(value, min(float(low), value), max(float(high), value), "dimensions", self.runs.shape[1])
-        return SmallestDimension(
-            int(grid[found]), target, estimate, float(reached.std()) if reached.size else None
-        )
+        return SmallestDimension(int(grid[found]), target, estimate, float(reached.std()) if reached.size else None)
 
     def _resampled_means(self, resamples: int, seed: int) -> Float[np.ndarray, "resample dimension"]:
         rng = np.random.default_rng(seed)

@@ -119,7 +119,7 @@ def bootstrap(
     unit: str = "",
     groups: np.ndarray | None = None,
 ) -> Estimate:
-    """Percentile bootstrap of ``statistic`` over the rows of ``rows`` (n, ...), by whole groups where ``groups`` (n,) is given.
+    """Percentile bootstrap of ``statistic`` over the rows of ``rows`` (n, ...), by whole ``groups`` (n,) where given.
 
     ``statistic`` takes an array like ``rows`` and returns a number. Rows that belong together (same person, same
     scene, neighbouring times) must share a group, or the interval is too narrow.
@@ -150,5 +150,7 @@ def bootstrap(
 
 def _bootstrap_means(values: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
     n, block = len(values), max(1, 4_000_000 // max(1, len(values)))
-    means = [values[rng.integers(0, n, (min(block, resamples - i), n))].mean(axis=1) for i in range(0, resamples, block)]
+    means = [
+        values[rng.integers(0, n, (min(block, resamples - i), n))].mean(axis=1) for i in range(0, resamples, block)
+    ]
     return np.concatenate(means)

@@ -1,9 +1,13 @@
 """One place that turns a byte budget into chunk sizes."""
 
-__all__ = ["DEFAULT_BUDGET", "bytes_per_row", "chunk_rows", "chunks"]
+__all__ = ["DEFAULT_BUDGET", "PeakMemory", "bytes_per_row", "chunk_rows", "chunks", "peak_memory"]
 
 import math
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +50,7 @@ class _LargestOutputs(TorchDispatchMode):
         self.total = 0
         self.largest = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for item in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(item, Tensor) and not func.is_view:
@@ -69,3 +73,30 @@ def bytes_per_row(model: nn.Module, row: Tensor, *, gradients: bool) -> float:
     if gradients:
         return own * 2 + counter.total * 1.5 + counter.largest * 2
     return own + counter.largest * 4
+
+
+@dataclass
+class PeakMemory:
+    """Bytes that the process took at most beyond what it had at the start; None where the system does not tell."""
+
+    bytes: int | None = None
+
+
+@contextmanager
+def peak_memory() -> Iterator[PeakMemory]:
+    """Measure the peak of the process's resident memory inside the block (Linux; elsewhere it stays None)."""
+    peak = PeakMemory()
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        reset.write_text("5")  # sets the high-water mark back to what is in use now
+        before = _status_bytes(status.read_text(), "VmRSS")
+    except OSError:
+        before = None
+    yield peak
+    if before is not None:
+        peak.bytes = max(0, _status_bytes(status.read_text(), "VmHWM") - before)
+
+
+def _status_bytes(text: str, name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0

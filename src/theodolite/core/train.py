@@ -87,7 +87,7 @@ def _step_size(recipe: Recipe, step: int, steps: int) -> float:
 def train(
     model: nn.Module,
     x: Shaped[Tensor, "row ..."],
-    y: Shaped[Tensor, "row ..."],
+    y: Shaped[Tensor, "target ..."],
     *,
     recipe: Recipe | None = None,
     validation: tuple[Tensor, Tensor] | None = None,

@@ -38,9 +38,7 @@ class ModelView:
     is a regressor's prediction; "raw" passes scores on untouched.
     """
 
-    def __init__(
-        self, model: Any, *, output: Output = "probability", memory: int | None = None
-    ) -> None:
+    def __init__(self, model: Any, *, output: Output = "probability", memory: int | None = None) -> None:
         self.model = model
         self.output: Output = output
         self.memory = memory
@@ -107,9 +105,7 @@ class ModelView:
             return (scores[:, 0] > (0.5 if self.output == "probability" else 0.0)).long()
         return scores.argmax(dim=1)
 
-    def target_scores(
-        self, x: Tensor, target: Int[Tensor, " batch"] | int | None = None
-    ) -> Float[Tensor, " batch"]:
+    def target_scores(self, x: Tensor, target: Int[Tensor, " batch"] | int | None = None) -> Float[Tensor, " batch"]:
         """Score of each row's target (None: its own predicted class), in chunks, without gradients."""
         scores = self(x)
         return scores.gather(1, self.targets(x, target, scores)[:, None])[:, 0]
@@ -128,9 +124,7 @@ class ModelView:
             raise InputError(f"target must be 0..{classes - 1}, one or one per row ({n} rows), got {target}")
         return index
 
-    def gradients(
-        self, x: Tensor, target: Int[Tensor, " batch"] | int | None = None
-    ) -> Float[Tensor, "batch ..."]:
+    def gradients(self, x: Tensor, target: Int[Tensor, " batch"] | int | None = None) -> Float[Tensor, "batch ..."]:
         """Gradient of each row's target score with respect to that row, shape of ``x``, in chunks."""
         index = self.targets(x, target)
         out = torch.empty_like(x)
@@ -141,7 +135,7 @@ class ModelView:
                 (out[part],) = torch.autograd.grad(picked, rows)
         return out
 
-    def _mode(self):  # noqa: ANN202
+    def _mode(self):
         return evaluation_mode(self.model) if self.is_module else _unchanged()
 
 

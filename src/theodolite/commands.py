@@ -1,0 +1,168 @@
+"""``theodolite run SLUG``: one method on the user's own input, and the flags that say what that input is."""
+
+__all__ = ["Json", "Seed", "SubjectFlags", "parse_duration", "run_app", "subject_flags"]
+
+import dataclasses
+import functools
+import inspect
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from theodolite.catalog import CATALOG, Entry
+from theodolite.core.errors import InputError
+
+if TYPE_CHECKING:
+    from theodolite.core.subject import Subject
+
+run_app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+Json = Annotated[bool, typer.Option("--json", help="print JSON and nothing else on stdout")]
+Seed = Annotated[int, typer.Option(help="seed of every random choice; the same seed gives the same numbers")]
+
+
+@dataclass(frozen=True)
+class SubjectFlags:
+    """What to survey: a built-in subject, a function that makes one, or a model with data."""
+
+    subject: Annotated[
+        str | None, typer.Option(help="built-in subject (theodolite subjects) or package.module:function")
+    ] = None
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="package.module:factory, a .skops or .onnx file, a Hugging Face folder or name, or auto (train one)"
+        ),
+    ] = None
+    weights: Annotated[Path | None, typer.Option(help=".safetensors or weights-only .pt file for the factory")] = None
+    data: Annotated[
+        str | None,
+        typer.Option(help="CSV, TSV, Parquet, NPZ or JSON Lines file, folder of images by class, datasets folder"),
+    ] = None
+    target: Annotated[str | None, typer.Option(help="name of the label column")] = None
+    task: Annotated[str | None, typer.Option(help="classification or regression, where the labels do not tell")] = None
+    test: Annotated[str | None, typer.Option(help="a second file with the test rows")] = None
+    missing: Annotated[str | None, typer.Option(help="what to do with missing values: error, drop or median")] = None
+    scale: Annotated[str | None, typer.Option(help="columns as they are (none) or standardised (standard)")] = None
+    text: Annotated[str | None, typer.Option(help="name of the text column")] = None
+    header: Annotated[
+        bool | None, typer.Option("--header/--no-header", help="whether the first line of a CSV holds names")
+    ] = None
+    max_rows: Annotated[int, typer.Option(help="rows kept of larger data, drawn uniformly")] = 50_000
+    image_size: Annotated[int | None, typer.Option(help="side in pixels that images are scaled to")] = None
+    epochs: Annotated[int | None, typer.Option(help="epochs of one training of a factory's network")] = None
+    seed: Seed = 0
+
+    def load(self) -> "Subject":
+        """The subject that the flags name."""
+        from theodolite.core.builtin import BUILTIN, builtin
+        from theodolite.core.loading import load_subject, load_subject_function
+
+        if self.subject is not None:
+            if self.model or self.data:
+                raise InputError("--subject names the model and the data at once; leave out --model and --data")
+            if ":" in self.subject:
+                return load_subject_function(self.subject)
+            return builtin(self.subject, seed=self.seed)
+        if self.data is None:
+            if self.model is not None:
+                raise InputError("--model needs the data it is used on: --data FILE")
+            return builtin(next(iter(BUILTIN)), seed=self.seed)
+        return load_subject(
+            model=self.model or "auto",
+            data=self.data,
+            weights=self.weights,
+            options=self._options(),
+            epochs=self.epochs,
+        )
+
+    def _options(self) -> Any:
+        from theodolite.core.loading import DataOptions
+
+        return DataOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(DataOptions)})
+
+    def code(self) -> str:
+        """The line of Python that makes the same subject."""
+        from theodolite.core.builtin import BUILTIN
+
+        seed = f", seed={self.seed}" if self.seed else ""
+        if self.data is None and (self.subject is None or ":" not in self.subject):
+            return f"subject = theodolite.subject({self.subject or next(iter(BUILTIN))!r}{seed})"
+        if self.subject is not None:
+            module, _, name = self.subject.partition(":")
+            return f"from {module} import {name}\nsubject = {name}()"
+        from theodolite.core.loading import DataOptions
+
+        given = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(DataOptions)
+            if getattr(self, field.name) != field.default
+        }
+        options = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        arguments = [f"model={self.model or 'auto'!r}", f"data={self.data!r}"]
+        arguments += [f"weights={str(self.weights)!r}"] if self.weights else []
+        arguments += [f"options=theodolite.DataOptions({options})"] if options else []
+        arguments += [f"epochs={self.epochs}"] if self.epochs else []
+        return f"subject = theodolite.load_subject({', '.join(arguments)})"
+
+
+def subject_flags(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `SubjectFlags` in place of its parameter ``flags``."""
+    signature = inspect.signature(function)
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for n, p in signature.parameters.items() if n != "flags"]
+    shared = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in dataclasses.fields(SubjectFlags)
+    ]
+
+    @functools.wraps(function)
+    def command(**given: Any) -> None:
+        flags = SubjectFlags(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+        function(flags=flags, **given)
+
+    command.__signature__ = signature.replace(parameters=shared + own)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in shared + own} | {"return": None}
+    return command
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of "90", "90s", "10m" or "1.5h".
+
+    >>> parse_duration("10m")
+    600.0
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
+    if found is None or float(found[1]) == 0:
+        raise InputError(f"a duration is a number of seconds, or a number with s, m or h; got {text!r}")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def _add_method(about: Entry) -> None:
+    """Add the command that runs the chart of one method."""
+
+    @run_app.command(about.slug, help=f"{about.title} ({about.authors}, {about.year}). Needs {about.needs}.")
+    @subject_flags
+    def run(
+        flags: SubjectFlags,
+        seconds: Annotated[float, typer.Option(help="time to plan for")] = 60.0,
+        memory: Annotated[int, typer.Option(help="MiB to expand a batch to", min=16)] = 1024,
+        as_json: Json = False,
+    ) -> None:
+        from theodolite.survey.run import measure
+
+        finding = measure(about.slug, flags.load(), seed=flags.seed, seconds=seconds, memory=memory << 20)
+        if as_json:
+            print(json.dumps(finding.to_json(), ensure_ascii=False))
+        else:
+            Console().print(str(finding), markup=False)
+
+
+for _about in CATALOG:
+    if _about.state == "available":
+        _add_method(_about)

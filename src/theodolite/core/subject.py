@@ -1,0 +1,263 @@
+"""What is surveyed: a model, the data it is used on, and how to train it again."""
+
+__all__ = ["Answer", "Column", "Dataset", "Holdout", "Rows", "Subject"]
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from sklearn.metrics import r2_score
+from torch import Tensor, nn
+
+from theodolite.core.errors import DataError, ModelError
+from theodolite.core.estimate import Estimate, bootstrap, proportion
+from theodolite.core.memory import chunks
+from theodolite.core.train import Recipe, train
+from theodolite.core.view import ModelView, Output
+
+Modality = Literal["tabular", "image", "text", "series", "graph", "interactions"]
+Task = Literal["classification", "regression"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Inputs ``x`` (n, ...) float and targets ``y`` (n,): class indices (long) or values (float)."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def head(self, n: int) -> "Rows":
+        """The first ``n`` rows (rows are in random order already)."""
+        return Rows(self.x[:n], self.y[:n])
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table as it was found in the file."""
+
+    name: str
+    kind: Literal["numeric", "category", "boolean"]
+    missing: int
+    levels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Rows in three disjoint parts: one to fit on, one to select on, one to report on.
+
+    x of every part is what the model takes: (n, features) for a table, (n, channels, height, width) for images,
+    (n, dimensions) for texts that were embedded. features names the columns of a table's x. classes[i] is the name of
+    class i, () for a regression. notes tell what the loader found and did, for people to read.
+    """
+
+    name: str
+    modality: Modality
+    task: Task
+    train: Rows
+    validation: Rows
+    test: Rows
+    features: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    columns: tuple[Column, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for part, rows in self.parts.items():
+            if len(rows) == 0:
+                raise DataError(f"{self.name}: the {part} part has no rows; give more data or another split")
+            if len(rows.x) != len(rows.y):
+                raise DataError(f"{self.name}: {len(rows.x)} inputs but {len(rows.y)} targets in the {part} part")
+            if not bool(torch.isfinite(rows.x).all()) or not bool(torch.isfinite(rows.y.double()).all()):
+                raise DataError(
+                    f"{self.name}: the {part} part holds NaN or infinite values; settle them with --missing"
+                )
+            if rows.x.shape[1:] != self.train.x.shape[1:]:
+                raise DataError(f"{self.name}: {part} rows have another shape than train rows")
+        if self.task == "classification":
+            if len(self.classes) < 2:
+                raise DataError(f"{self.name}: a classification needs at least two classes, found {list(self.classes)}")
+            labels = torch.cat([rows.y for rows in self.parts.values()])
+            if labels.dtype != torch.long or int(labels.min()) < 0 or int(labels.max()) >= len(self.classes):
+                raise DataError(f"{self.name}: labels must be class indices 0..{len(self.classes) - 1}")
+            if len(torch.unique(self.train.y)) < 2:
+                raise DataError(f"{self.name}: all training rows are of one class, so there is nothing to learn")
+        if self.features and len(self.features) != self.train.x.shape[1]:
+            raise DataError(f"{self.name}: {len(self.features)} feature names for {self.train.x.shape[1]} columns")
+
+    @property
+    def parts(self) -> dict[str, Rows]:
+        """The three parts by name."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return tuple(self.train.x.shape[1:])
+
+    @cached_property
+    def chance(self) -> float:
+        """Test accuracy of always answering the commonest training class; 0 for a regression (R2 of the mean)."""
+        if self.task == "regression":
+            return 0.0
+        commonest = int(torch.bincount(self.train.y).argmax())
+        return float((self.test.y == commonest).double().mean())
+
+
+class Answer(Protocol):
+    """What a holdout answers: the value, a bound on its error, the looks left (None: not counted)."""
+
+    value: float
+    error_bound: float
+    budget_left: int | None
+
+
+class Holdout(Protocol):
+    """Answers questions about the test rows so that later questions may depend on earlier answers."""
+
+    def ask(self, query: tuple[np.ndarray, np.ndarray], *, name: str = "") -> Answer:
+        """Mean over the test rows of values in [0, 1], given as (on the validation rows, on the test rows)."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model with its data: all that a chart may look at.
+
+    predictor: an nn.Module (rows -> (n, classes) scores, or (n,) / (n, 1) values) or a fitted scikit-learn style
+    estimator. build(seed) makes a fresh untrained network of the same architecture; with a recipe the model can be
+    trained again. holdout is how selection loops ask the test rows; every chart shares it.
+    """
+
+    name: str
+    data: Dataset
+    predictor: Any
+    build: Callable[[int], nn.Module] | None = None
+    recipe: Recipe | None = None
+    description: str = ""
+    holdout: Holdout | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        """Ask the model for two rows, so that what does not fit is told before any work starts."""
+        rows = self.data.train.x[:2]
+        try:
+            out = self.view("raw" if self.is_network else "probability" if self._classifies else "value")(rows)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ModelError(f"{self.name}: the model cannot take rows of shape {self.data.shape}: {error}") from error
+        width = out.shape[1]
+        if self._classifies and width not in {len(self.data.classes), 1 if len(self.data.classes) == 2 else -1}:
+            raise ModelError(
+                f"{self.name}: the model gives {width} scores a row but the data have {len(self.data.classes)} classes "
+                f"({', '.join(self.data.classes[:5])}{', ...' if len(self.data.classes) > 5 else ''})"
+            )
+        if not bool(torch.isfinite(out).all()):
+            raise ModelError(f"{self.name}: the model answers NaN or infinity on the first rows of the data")
+
+    @property
+    def is_network(self) -> bool:
+        """Whether the predictor is a network: differentiable, with named layers."""
+        return isinstance(self.predictor, nn.Module)
+
+    @property
+    def retrainable(self) -> bool:
+        """Whether the network can be trained again from its start."""
+        return self.build is not None and self.recipe is not None
+
+    @property
+    def _classifies(self) -> bool:
+        return self.data.task == "classification"
+
+    @property
+    def metric(self) -> str:
+        """What quality is measured in."""
+        return "accuracy" if self._classifies else "R2"
+
+    def view(self, output: Output = "probability", *, memory: int | None = None) -> ModelView:
+        """The predictor as a batched function."""
+        return ModelView(self.predictor, output=output, memory=memory)
+
+    def with_holdout(self, holdout: Holdout) -> "Subject":
+        """The same subject, whose selection loops ask ``holdout``."""
+        return replace(self, holdout=holdout)
+
+    def fit(self, model: nn.Module, *, seed: int = 0) -> nn.Module:
+        """Train ``model`` in place on the training rows by the subject's recipe."""
+        if self.recipe is None:
+            raise ModelError(f"{self.name} has no recipe, so it cannot be trained again")
+        train(model, self.data.train.x, self.data.train.y, recipe=self.recipe.with_seed(seed))
+        return model
+
+    def correct(self, model: Any, rows: Rows) -> np.ndarray:
+        """Per row in [0, 1]: whether the class is right, or for a regression 1 minus the squared error in units of the
+        variance of the training targets, cut at 0 (so that its mean is a floor of R2 and can be asked of a holdout).
+        """
+        if self._classifies:
+            return (ModelView(model, output=self._scores(model)).predict(rows.x) == rows.y).double().numpy()
+        error = (ModelView(model, output="value")(rows.x)[:, 0].double() - rows.y.double()) ** 2
+        return (1 - error / self.data.train.y.double().var()).clamp(0, 1).numpy()
+
+    def quality(self, model: Any | None = None, *, part: Literal["train", "validation", "test"] = "test") -> Estimate:
+        """Accuracy with its exact interval, or R2 with a bootstrap interval, on one part of the data."""
+        model = self.predictor if model is None else model
+        rows = self.data.parts[part]
+        if self._classifies:
+            right = self.correct(model, rows)
+            return proportion(int(right.sum()), len(right), unit="accuracy")
+        pairs = np.stack([rows.y.numpy(), ModelView(model, output="value")(rows.x)[:, 0].numpy()], axis=1)
+        return bootstrap(pairs, lambda p: float(r2_score(p[:, 0], p[:, 1])) if len(p) > 1 else 0.0, unit="R2")
+
+    @staticmethod
+    def _scores(model: Any) -> Output:
+        return "logit" if isinstance(model, nn.Module) else "probability"
+
+    @cached_property
+    def parameter_count(self) -> int | None:
+        """Trainable numbers of a network, tied ones once; None for a black box."""
+        return sum(p.numel() for p in self.predictor.parameters()) if self.is_network else None
+
+    @cached_property
+    def training_seconds(self) -> float:
+        """What one training by the recipe takes here, from the time of a few steps."""
+        if self.build is None or self.recipe is None:
+            raise ModelError(f"{self.name} cannot be trained again, so there is no time to tell")
+        rows = self.data.train.head(self.recipe.batch_size)
+        one_step = replace(self.recipe, epochs=1, patience=None)
+        model = self.build(0)
+        train(model, rows.x, rows.y, recipe=one_step)  # the first call allocates
+        started = time.perf_counter()
+        for _ in range(3):
+            train(model, rows.x, rows.y, recipe=one_step)
+        steps = self.recipe.epochs * -(-len(self.data.train) // self.recipe.batch_size)
+        return (time.perf_counter() - started) / 3 * steps
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the data and of the model (its weights, or a black box's answers to the first rows)."""
+        digest = hashlib.sha256("\0".join((*self.data.features, *self.data.classes)).encode())
+        for rows in self.data.parts.values():
+            digest.update(rows.x.contiguous().numpy().tobytes())
+            digest.update(rows.y.contiguous().numpy().tobytes())
+        if self.is_network:
+            for name, value in self.predictor.state_dict().items():
+                digest.update(name.encode())
+                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        else:
+            output: Output = "probability" if self._classifies else "value"
+            digest.update(self.view(output)(self.data.test.x[:256]).numpy().round(6).tobytes())
+        return digest.hexdigest()
+
+    def flat(self, part: Literal["train", "validation", "test"]) -> np.ndarray:
+        """Inputs of one part as (n, numbers) float64."""
+        rows = self.data.parts[part].x
+        out = np.empty((len(rows), int(np.prod(self.data.shape))), dtype=np.float64)
+        for piece in chunks(len(rows), out.shape[1] * 8):
+            out[piece] = rows[piece].reshape(len(rows[piece]), -1).double().numpy()
+        return out
