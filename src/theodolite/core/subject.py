@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -111,6 +111,7 @@ class Dataset:
         return float((self.test.y == commonest).double().mean())
 
 
+@runtime_checkable
 class Answer(Protocol):
     """What a holdout answers: the value, a bound on its error, the looks left (None: not counted)."""
 
@@ -119,6 +120,7 @@ class Answer(Protocol):
     budget_left: int | None
 
 
+@runtime_checkable
 class Holdout(Protocol):
     """Answers questions about the test rows so that later questions may depend on earlier answers."""
 
