@@ -115,9 +115,20 @@ class Dataset:
 class Answer(Protocol):
     """What a holdout answers: the value, a bound on its error, the looks left (None: not counted)."""
 
-    value: float
-    error_bound: float
-    budget_left: int | None
+    @property
+    def value(self) -> float:
+        """The answer."""
+        ...
+
+    @property
+    def error_bound(self) -> float:
+        """How far it may be off."""
+        ...
+
+    @property
+    def budget_left(self) -> int | None:
+        """Answers that may still come from the test rows."""
+        ...
 
 
 @runtime_checkable

@@ -101,7 +101,7 @@ def survey(
         "planned": [entry.slug for entry in CATALOG if entry.state == "planned"],
         "failed": [],
         "skipped": [],
-        "holdout": account(subject, atlas.ledger, seed=seed),
+        "holdout": account(subject, atlas.ledger),
         "versions": versions(),
         "machine": f"{platform.system()} {platform.machine()}",
     }
@@ -110,7 +110,7 @@ def survey(
         state["status"] = status
         state["seconds"] = round(before + time.perf_counter() - started, 1)
         state["finished"] = _now() if status == "complete" else None
-        state["holdout"] = account(subject, atlas.ledger, seed=seed)
+        state["holdout"] = account(subject, atlas.ledger)
         atlas.write(state)
 
     save("running")
