@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from theodolite.catalog import CATALOG, SPACES, entry
-from theodolite.commands import run_app
 from theodolite.core.errors import InputError
 from theodolite.reproductions.report import module_name
+from theodolite.run_commands import run_app
 from theodolite.survey.chart import load_charts
 
 AVAILABLE = [e for e in CATALOG if e.state == "available"]

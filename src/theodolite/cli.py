@@ -15,8 +15,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from theodolite.catalog import CATALOG, SPACES
-from theodolite.commands import Json, Seed, SubjectFlags, parse_duration, run_app, subject_flags
+from theodolite.commands import Json, Seed, SubjectFlags, parse_duration, subject_flags
 from theodolite.core.errors import TheodoliteError
+from theodolite.run_commands import run_app
 
 app = typer.Typer(
     name="theodolite",

@@ -1,11 +1,10 @@
-"""``theodolite run SLUG``: one method on the user's own input, and the flags that say what that input is."""
+"""The flags that say what a command works on, and their form for machines."""
 
-__all__ = ["Json", "Seed", "SubjectFlags", "parse_duration", "run_app", "subject_flags"]
+__all__ = ["Json", "Seed", "SubjectFlags", "parse_duration", "subject_flags"]
 
 import dataclasses
 import functools
 import inspect
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,15 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from theodolite.catalog import CATALOG, Entry
 from theodolite.core.errors import InputError
 
 if TYPE_CHECKING:
     from theodolite.core.subject import Subject
-
-run_app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON and nothing else on stdout")]
 Seed = Annotated[int, typer.Option(help="seed of every random choice; the same seed gives the same numbers")]
@@ -141,28 +136,3 @@ def parse_duration(text: str) -> float:
     if found is None or float(found[1]) == 0:
         raise InputError(f"a duration is a number of seconds, or a number with s, m or h; got {text!r}")
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
-
-
-def _add_method(about: Entry) -> None:
-    """Add the command that runs the chart of one method."""
-
-    @run_app.command(about.slug, help=f"{about.title} ({about.authors}, {about.year}). Needs {about.needs}.")
-    @subject_flags
-    def run(
-        flags: SubjectFlags,
-        seconds: Annotated[float, typer.Option(help="time to plan for")] = 60.0,
-        memory: Annotated[int, typer.Option(help="MiB to expand a batch to", min=16)] = 1024,
-        as_json: Json = False,
-    ) -> None:
-        from theodolite.survey.run import measure
-
-        finding = measure(about.slug, flags.load(), seed=flags.seed, seconds=seconds, memory=memory << 20)
-        if as_json:
-            print(json.dumps(finding.to_json(), ensure_ascii=False))
-        else:
-            Console().print(str(finding), markup=False)
-
-
-for _about in CATALOG:
-    if _about.state == "available":
-        _add_method(_about)

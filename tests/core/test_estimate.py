@@ -102,5 +102,5 @@ def test_bad_input_is_told(call, text):
 
 
 def test_estimates_print_for_people():
-    assert str(Estimate.exact(199210, "parameters")) == "1.992e+05 parameters"
+    assert str(Estimate.exact(199210, "parameters")) == "199,210 parameters"
     assert str(Estimate(0.95, 0.9, 0.99)) == "0.95 [0.9, 0.99]"

@@ -27,11 +27,20 @@ def test_a_gradient_costs_more_than_a_forward_pass():
     assert bytes_per_row(model, row, gradients=True) > bytes_per_row(model, row, gradients=False)
 
 
+def test_weights_made_on_the_fly_are_no_cost_of_a_row():
+    class Made(nn.Module):
+        def forward(self, x):
+            return x @ (torch.ones(1000, 1000) * 2)
+
+    row = torch.randn(1, 1000)
+    assert bytes_per_row(Made(), row, gradients=False) < 30_000
+
+
 def test_peak_memory_sees_an_array_that_is_gone_again():
     with peak_memory() as peak:
-        block = np.ones(50_000_000 // 8)
+        block = np.ones(400_000_000 // 8)
         del block
-    assert peak.bytes is None or peak.bytes > 40_000_000
+    assert peak.bytes is None or peak.bytes > 200_000_000
 
 
 def test_view_restores_every_mode_and_gives_probabilities():

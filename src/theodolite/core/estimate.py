@@ -1,6 +1,6 @@
 """Numbers with their uncertainty, and the control that each learned number is shown beside."""
 
-__all__ = ["Comparison", "Control", "Estimate", "bootstrap", "mean_of_runs", "proportion"]
+__all__ = ["Comparison", "Control", "Estimate", "bootstrap", "format_number", "mean_of_runs", "proportion"]
 
 import math
 from collections.abc import Callable, Sequence
@@ -40,8 +40,19 @@ class Estimate:
     def __str__(self) -> str:
         unit = f" {self.unit}" if self.unit and self.unit != "%" else self.unit
         if self.low == self.high:
-            return f"{self.value:,.4g}{unit}"
-        return f"{self.value:,.4g}{unit} [{self.low:,.4g}, {self.high:,.4g}]"
+            return f"{format_number(self.value)}{unit}"
+        return f"{format_number(self.value)}{unit} [{format_number(self.low)}, {format_number(self.high)}]"
+
+
+def format_number(value: float) -> str:
+    """A number as people read it: four digits, whole numbers whole, with separators.
+
+    >>> [format_number(v) for v in (199210, 0.89631, 12.0, -3.1e-7)]
+    ['199,210', '0.8963', '12', '-3.1e-07']
+    """
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return f"{value:,.0f}" if value == int(value) or abs(value) >= 10_000 else f"{value:.4g}"
 
 
 @dataclass(frozen=True)

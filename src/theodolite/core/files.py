@@ -1,6 +1,6 @@
 """Files that are written whole or not at all."""
 
-__all__ = ["make_folder", "read_json", "write_json", "write_whole"]
+__all__ = ["make_folder", "read_json", "write_bytes", "write_json", "write_whole"]
 
 import json
 import math
@@ -25,14 +25,17 @@ def make_folder(path: Path) -> Path:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` beside ``path`` and move it there, so that a reader sees the old file or the new, never a part."""
+    """`write_bytes` of UTF-8 text."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` beside ``path`` and move it there, so that a reader sees the old file or the new, never a part."""
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = Path(file.name)
-            file.write(text)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

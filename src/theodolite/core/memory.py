@@ -42,37 +42,43 @@ def chunks(n: int, row_bytes: float, budget: int | None = None) -> Iterator[slic
         yield slice(start, min(n, start + size))
 
 
-class _LargestOutputs(TorchDispatchMode):
-    """Counts the bytes of the outputs of every operator: their sum and the largest single one."""
+class _OutputSizes(TorchDispatchMode):
+    """Records the bytes of the outputs of every operator, in order."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
-        self.largest = 0
+        self.sizes = list[int]()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for item in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(item, Tensor) and not func.is_view:
-                size = item.numel() * item.element_size()
-                self.total += size
-                self.largest = max(self.largest, size)
+                self.sizes.append(item.numel() * item.element_size())
         return out
 
 
-def bytes_per_row(model: nn.Module, row: Tensor, *, gradients: bool) -> float:
-    """Bytes that one more row costs in a forward (or forward and backward) pass of ``model``, measured on one row.
-
-    row: (1, ...) a batch of one. With gradients every intermediate result is kept until the backward pass and its
-    gradient is as large again; without, only an operator's own inputs, output and workspace are alive at a time.
-    """
-    counter = _LargestOutputs()
+def _output_sizes(model: nn.Module, rows: Tensor) -> list[int]:
+    counter = _OutputSizes()
     with torch.no_grad(), counter:
-        model(row)
+        model(rows)
+    return counter.sizes
+
+
+def bytes_per_row(model: nn.Module, row: Tensor, *, gradients: bool) -> float:
+    """Bytes that one more row costs in a forward (or forward and backward) pass of ``model``: two rows against one.
+
+    row: (1, ...) a batch of one. What does not grow with the batch, such as weights made on the fly, is not counted. With
+    gradients every intermediate result is kept until the backward pass and its gradient is as large again; without, only
+    an operator's own inputs, output and workspace are alive at a time.
+    """
+    one, two = _output_sizes(model, row), _output_sizes(model, torch.cat([row, row]))
+    # where the two passes do not call the same operators, the first alone is an upper bound
+    sizes = [max(0, b - a) for a, b in zip(one, two, strict=True)] if len(one) == len(two) else one
     own = row.numel() * row.element_size()
+    total, largest = sum(sizes), max(sizes, default=0)
     if gradients:
-        return own * 2 + counter.total * 1.5 + counter.largest * 2
-    return own + counter.largest * 4
+        return own * 2 + total * 1.5 + largest * 2
+    return own + largest * 4
 
 
 @dataclass

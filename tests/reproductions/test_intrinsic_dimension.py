@@ -1,0 +1,78 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from theodolite.core.sources import find_data
+from theodolite.reproductions import intrinsic_dimension as paper
+from theodolite.reproductions.claim import Scale
+
+TOPICS = [
+    "toy problem", "unit columns", "in 300 dimensions", "in 750 dimensions", "750 dimensions do for", "hashed and sparse",
+    "two seeds", "convolution", "shuffled labels", "pole",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_claim_is_told_and_the_exact_ones_hold():
+    if find_data("mnist.npz") is None:
+        pytest.skip("needs mnist.npz: set THEODOLITE_DATA")
+    claims = list(paper.claims(Scale.QUICK, 0))
+    assert len(claims) == len(TOPICS)
+    for topic, claim in zip(TOPICS, claims, strict=True):
+        assert topic in claim.claim
+        assert claim.paper
+        assert claim.threshold
+        assert claim.scaled
+        if topic == "convolution":
+            assert (claim.measured, claim.holds) == (None, None)
+            assert "--full" in claim.scaled
+            continue
+        assert claim.measured is not None
+        assert claim.measured.low <= claim.measured.value <= claim.measured.high
+        assert claim.comparator is not None
+        assert math.isfinite(claim.comparator.measured)
+    held = {topic: claim.holds for topic, claim in zip(TOPICS, claims, strict=True)}
+    for topic in (
+        "toy problem",
+        "unit columns",
+        "in 750 dimensions",
+        "750 dimensions do for",
+        "two seeds",
+        "shuffled labels",
+    ):
+        assert held[topic] is True, topic
+
+
+@pytest.mark.slow
+def test_without_mnist_its_claims_name_the_file(monkeypatch):
+    monkeypatch.delenv("THEODOLITE_DATA", raising=False)
+    claims = list(paper.claims(Scale.QUICK, 0))
+    missing = [claim for claim in claims if claim.measured is None]
+    assert len(missing) == 5
+    assert all(claim.holds is None and "mnist.npz" in claim.scaled for claim in missing)
+    pole = claims[-1]
+    assert pole.measured is not None
+    assert pole.holds is None
+    assert "mnist.npz" in pole.scaled
+
+
+def test_networks_have_the_papers_sizes():
+    def size(network):
+        return sum(p.numel() for p in network.parameters())
+
+    assert [size(paper.fully_connected(0, width=width)) for width in (50, 200, 400)] == [42_310, 199_210, 478_410]
+    assert size(paper.lenet(0)) == 61_706
+    assert paper.lenet(0)(torch.zeros(2, 784)).shape == (2, 10)
+    assert len(paper._pole_start(0)) == 562
+
+
+def test_the_pole_falls_as_it_should():
+    nothing = torch.zeros(3, 562)
+    pushed = nothing.clone()
+    pushed[:, -1] = 1.0  # the bias of "push right"
+    generator = np.random.default_rng(0)
+    for weights in (nothing, pushed):  # pushed always to one side, a pole falls within about ten steps
+        steps = paper._balanced_steps(weights, paper._POLE_LAYERS, generator)
+        assert np.all((steps >= 7) & (steps <= 11))
