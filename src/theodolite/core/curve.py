@@ -2,7 +2,7 @@
 
 __all__ = ["QualityCurve", "SmallestDimension"]
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -56,7 +56,7 @@ class QualityCurve:
         object.__setattr__(self, "runs", runs)
 
     @classmethod
-    def from_runs(cls, runs: dict[int, Sequence[float]], **options: object) -> "QualityCurve":
+    def from_runs(cls, runs: Mapping[int, Sequence[float]], **options: object) -> "QualityCurve":
         """A curve from {dimension: qualities}, ragged lists allowed."""
         dimensions = tuple(sorted(runs))
         width = max((len(runs[d]) for d in dimensions), default=0)

@@ -108,16 +108,26 @@ def proportion(successes: int, n: int, *, confidence: float = 0.95, unit: str = 
     return Estimate(successes / n, low, high, unit, n)
 
 
-def mean_of_runs(runs: Sequence[float] | np.ndarray, *, confidence: float = 0.95, unit: str = "") -> Estimate:
-    """Mean over independent runs with its Student interval; one run gives an interval without bounds (-inf, inf)."""
+def mean_of_runs(
+    runs: Sequence[float] | np.ndarray,
+    *,
+    confidence: float = 0.95,
+    unit: str = "",
+    within: tuple[float, float] = (-math.inf, math.inf),
+) -> Estimate:
+    """Mean over independent runs with its Student interval; one run gives an interval without bounds.
+
+    within: what the quantity can be at all, (0, 1) for a share; the interval is cut there.
+    """
     values = np.asarray(runs, dtype=np.float64).ravel()
     if values.size == 0 or not np.isfinite(values).all():
         raise InputError(f"need at least one finite run, got {values!r}")
     mean = float(values.mean())
     if values.size == 1:
-        return Estimate(mean, -math.inf, math.inf, unit, 1)
+        return Estimate(mean, *within, unit, 1)
     half = float(stats.t.ppf((1 + confidence) / 2, values.size - 1) * values.std(ddof=1) / math.sqrt(values.size))
-    return Estimate(mean, mean - half, mean + half, unit, values.size)
+    low, high = max(within[0], mean - half), min(within[1], mean + half)
+    return Estimate(mean, min(mean, low), max(mean, high), unit, values.size)
 
 
 def bootstrap(

@@ -399,7 +399,7 @@ def measure_intrinsic_dimension(
     untrained = float(np.mean([run(seed, None, train=False) for seed in seeds]))
     reference = float(np.mean([run(seed, None) for seed in seeds])) if isinstance(baseline, str) else float(baseline)
     _check_reference(reference, threshold)
-    runs: dict[int, Sequence[float]] = {}
+    runs: dict[int, list[float]] = {}
 
     def passes(d: int) -> bool:
         runs[d] = [run(seed, d) for seed in seeds]

@@ -3,6 +3,7 @@
 __all__ = ["INKS", "band_line", "blank", "level_line"]
 
 from collections.abc import Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -36,6 +37,7 @@ def band_line(
             x=[*x, *reversed(list(x))],
             y=[*high, *reversed(list(low))],
             fill="toself",
+            mode="lines",
             fillcolor=_pale(ink),
             line={"width": 0},
             hoverinfo="skip",
@@ -48,9 +50,12 @@ def band_line(
     )
 
 
-def level_line(figure: go.Figure, y: float, name: str, *, dash: str = "dot") -> None:
-    """Add a horizontal line with its name at the right end."""
-    figure.add_hline(y=y, line_dash=dash, line_width=1, annotation_text=name, annotation_position="bottom right")
+def level_line(figure: go.Figure, y: float, name: str, *, dash: str = "dot", row: int | None = None) -> None:
+    """Add a horizontal line with its name at the right end; ``row`` where the figure has several."""
+    where: dict[str, Any] = {} if row is None else {"row": row, "col": 1}
+    figure.add_hline(
+        y=y, line_dash=dash, line_width=1, annotation_text=name, annotation_position="bottom right", **where
+    )
 
 
 def _pale(ink: str) -> str:

@@ -54,9 +54,7 @@ def numbers(values: Any) -> np.ndarray | None:
     elif not (types.is_object_dtype(values.dtype) or types.is_string_dtype(values.dtype)):
         return None
     there = values[values.notna()]
-    if not types.is_string_dtype(values) and not set(there.map(type)).isdisjoint(
-        {bool, np.bool_, complex, list, dict}
-    ):
+    if not types.is_string_dtype(values) and not set(there.map(type)).isdisjoint({bool, np.bool_, complex, list, dict}):
         return None
     try:
         converted: Any = pd.to_numeric(there, errors="coerce")

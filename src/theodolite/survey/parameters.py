@@ -1,0 +1,254 @@
+"""Charts of the parameter space."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import plotly.graph_objects as go
+import torch
+from plotly.subplots import make_subplots
+from torch import nn
+
+from theodolite.core.curve import QualityCurve, SmallestDimension
+from theodolite.core.errors import InputError
+from theodolite.core.estimate import Comparison, Control, Estimate, mean_of_runs
+from theodolite.core.subject import Rows, Subject
+from theodolite.core.train import train
+from theodolite.parameters.subspace import IntrinsicDimension, SubspaceModel, measure_intrinsic_dimension
+from theodolite.survey.chart import Budget, Needs, chart, trainings
+from theodolite.survey.figures import INKS, band_line, level_line
+from theodolite.survey.finding import Finding
+
+_LR = 0.3
+"""Steps of Adam on the coordinates of a random subspace, of the reparametrization's own order and not of the weights'."""
+
+_PUBLISHED = {"MNIST, LeNet": 290, "MNIST, fully connected": 750, "CIFAR-10, LeNet": 2_900}
+"""Li et al., 2018, figures 2, S7 and table S1: d at 90 % of the baseline."""
+
+
+def _grid(total: int) -> list[int]:
+    """2, 8, 32, ... up to the number of parameters or 2,048."""
+    return [d for d in (2, 8, 32, 128, 512, 2048) if d <= total] or [1]
+
+
+def _search(
+    build: Callable[[int], nn.Module],
+    fit: Callable[[nn.Module], None],
+    evaluate: Callable[[nn.Module], float],
+    seeds: tuple[int, ...],
+) -> IntrinsicDimension:
+    """The whole curve in steps of four, and one point more below the number that it gives."""
+    total = sum(p.numel() for p in build(seeds[0]).parameters() if p.requires_grad)
+    coarse = measure_intrinsic_dimension(build, fit, evaluate, _grid(total), seeds=seeds)
+    if coarse.dimension is None or coarse.dimension == 1:
+        return coarse
+    half = [coarse.dimension // 2]
+    fine = measure_intrinsic_dimension(build, fit, evaluate, half, seeds=seeds, baseline=coarse.reference)
+    runs = {d: row.tolist() for part in (coarse, fine) for d, row in zip(part.curve.dimensions, part.curve.runs)}
+    curve = QualityCurve.from_runs(
+        runs, chance=coarse.curve.chance, reference=coarse.reference, name=coarse.curve.name, total_dimension=total
+    )
+    return replace(coarse if fine.dimension is None else fine, curve=curve)
+
+
+@dataclass(frozen=True, eq=False)
+class _Trainer:
+    """Trains networks of the subject in a subspace, directly, or a few of their weights alone."""
+
+    subject: Subject
+
+    def fit(self, model: nn.Module, rows: Rows | None = None, lr: float = _LR) -> None:
+        """By the subject's recipe; in a subspace with the larger steps that it takes, and the penalty on the weights."""
+        rows = self.subject.data.train if rows is None else rows
+        recipe = self.subject.recipe
+        if recipe is None:
+            raise InputError(f"{self.subject.name} has no recipe to train by")
+        if not isinstance(model, SubspaceModel):
+            train(model, rows.x, rows.y, recipe=recipe)
+            return
+        step = replace(recipe, lr=lr, optimizer="adam", momentum=0.0, schedule="cosine", l2=0.0, patience=None)
+        penalty: Callable[[], torch.Tensor] | None = None
+        if recipe.l2:
+            penalty = lambda: recipe.l2 / 2 * model.squared_norm()  # noqa: E731
+        train(model, rows.x, rows.y, recipe=step, penalty=penalty)
+
+    def fit_weights(self, model: nn.Module, count: int, seed: int) -> None:
+        """Train ``count`` weights drawn at random; all others keep their start."""
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        chosen = torch.zeros(sum(p.numel() for p in parameters))
+        chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))[:count]] = 1
+        handles = []
+        for parameter, mask in zip(parameters, chosen.split([p.numel() for p in parameters]), strict=True):
+            mask = mask.view_as(parameter).to(parameter)
+            handles.append(parameter.register_hook(lambda gradient, mask=mask: gradient * mask))
+        data, recipe = self.subject.data, self.subject.recipe
+        if recipe is None:
+            raise InputError(f"{self.subject.name} has no recipe to train by")
+        step = replace(recipe, lr=_LR, optimizer="adam", momentum=0.0, schedule="cosine", l2=0.0, patience=None)
+        train(model, data.train.x, data.train.y, recipe=step.with_seed(seed))
+        for handle in handles:
+            handle.remove()
+
+
+def _start_of(subject: Subject) -> Callable[[int], nn.Module]:
+    if subject.build is None:
+        raise InputError(f"{subject.name} cannot be trained again")
+    return subject.build
+
+
+@chart("intrinsic-dimension", needs=Needs(network=True, retrainable=True), cost=trainings(34))
+def intrinsic_dimension(subject: Subject, budget: Budget) -> Finding:
+    """How many coordinates of a random subspace of weight space reach 90 % of the quality of direct training."""
+    data, build, trainer = subject.data, _start_of(subject), _Trainer(subject)
+    seeds = tuple(range(budget.seed, budget.seed + 3))
+
+    def quality(model: nn.Module, name: str) -> float:
+        right = [subject.correct(model, rows) for rows in (data.validation, data.test)]
+        if subject.holdout is None:
+            return float(right[1].mean())
+        return subject.holdout.ask((right[0], right[1]), name=name).value
+
+    measured = _search(build, trainer.fit, lambda model: quality(model, "intrinsic-dimension search"), seeds)
+    total = measured.total_dimension
+    curve = replace(measured.curve, metric=subject.metric)
+    shown = measured.dimension or curve.dimensions[-1]
+    at = list(curve.dimensions).index(shown)
+    few = []
+    for seed in seeds:
+        model = build(seed)
+        trainer.fit_weights(model, shown, seed)
+        few.append(quality(model, "as many weights chosen at random"))
+    comparison = Comparison(
+        f"{subject.metric} with {shown:,} coordinates",
+        mean_of_runs(curve.runs[at].tolist(), unit=subject.metric, within=(-np.inf, 1)),
+        (
+            Control(f"{shown:,} weights chosen at random", mean_of_runs(few, unit=subject.metric, within=(-np.inf, 1)), "random"),
+            Control("always the commonest class" if data.classes else "the mean of the targets",
+                    Estimate.exact(data.chance, subject.metric), "null"),
+            Control("direct training of all weights", Estimate.exact(measured.reference, subject.metric), "reference"),
+        ),
+    )  # fmt: skip
+    gain = curve.smallest(above_chance=True)
+    numbers = _numbers(measured, gain, comparison.estimate, shown)
+    shuffled = None
+    if data.task == "classification" and measured.dimension is not None:
+        shuffled = _shuffled(subject, trainer, build, min(total, 10 * shown), seeds)
+        numbers[f"training accuracy on shuffled labels, {min(total, 10 * shown):,} coordinates"] = shuffled
+    return Finding(
+        slug="intrinsic-dimension",
+        headline=_headline(measured, shuffled, shown),
+        numbers=numbers,
+        comparison=comparison,
+        figure=_figure(measured, curve.metric, data.name),
+        reading=f"Quality when only a random subspace of the {total:,} weights is trained, against the number of its "
+        "coordinates; bands span the runs. The found number is where the line first reaches 90 % of direct training. Below, "
+        "where this task stands among those of the paper.",
+        advice=_advice(measured, total),
+        seed=budget.seed,
+        caveats=(
+            f"The {measured.projection} projection, {len(seeds)} seeds, the subject's own number of epochs, steps of {_LR}; "
+            "a longer training needs fewer coordinates.",
+            "The candidates grow by factors of two to four, so the number is right to a factor of two.",
+        ),
+    )
+
+
+def _shuffled(
+    subject: Subject, trainer: _Trainer, build: Callable[[int], nn.Module], dimension: int, seeds: tuple[int, ...]
+) -> Estimate:
+    """Accuracy on the training rows themselves after training on shuffled labels, by the better of two step sizes."""
+    found = {_LR: list[float](), _LR / 10: list[float]()}
+    for seed in seeds:
+        rows = subject.data.train
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        wrong = Rows(rows.x, rows.y[order])
+        for lr, reached in found.items():
+            model = SubspaceModel(build(seed), dimension, seed=seed)
+            trainer.fit(model, wrong, lr)
+            reached.append(float(subject.correct(model, wrong).mean()))
+    return mean_of_runs(max(found.values(), key=sum), unit="accuracy", within=(0, 1))
+
+
+def _numbers(
+    measured: IntrinsicDimension, gain: SmallestDimension, quality: Estimate, shown: int
+) -> dict[str, Estimate]:
+    total, curve = measured.total_dimension, measured.curve
+    numbers = {"parameters in all": Estimate.exact(total, "dimensions")}
+    found = curve.smallest_reaching(measured.threshold * measured.reference)
+    if found.estimate is not None and measured.compression is not None and measured.description_bits is not None:
+        d = found.estimate
+        numbers["intrinsic dimension at 90 % of direct training"] = d
+        numbers["parameters per coordinate"] = Estimate(total / d.value, total / d.high, total / d.low, "x")
+        numbers["description of the trained network, beside its code"] = Estimate.exact(
+            measured.description_bits, "bits"
+        )
+    if gain.estimate is not None:
+        numbers["dimension at 90 % of the gain above the untrained network"] = gain.estimate
+    numbers[f"quality with {shown:,} coordinates"] = quality
+    numbers["quality of direct training"] = Estimate.exact(measured.reference, quality.unit)
+    numbers["quality of the untrained network"] = Estimate.exact(curve.chance, quality.unit)
+    return numbers
+
+
+def _headline(measured: IntrinsicDimension, shuffled: Estimate | None, shown: int) -> str:
+    total = measured.total_dimension
+    if measured.dimension is None or measured.compression is None:
+        return (
+            f"More than {shown:,} of {total:,} random directions are needed for 90 % of direct training: with {shown:,} the "
+            f"network reaches {measured.curve.mean[-1]:.3f} of {measured.reference:.3f}."
+        )
+    text = (
+        f"{measured.dimension:,} of {total:,} dimensions ({measured.compression:,.0f} times fewer) reach 90 % of direct "
+        "training"
+    )
+    if shuffled is None:
+        return f"{text}."
+    ten = min(total, 10 * shown)
+    verb = "even memorise" if shuffled.value >= 0.9 else "do not memorise"
+    return f"{text}; {ten:,} {verb} shuffled labels ({shuffled.value:.0%} of them)."
+
+
+def _advice(measured: IntrinsicDimension, total: int) -> str:
+    if measured.dimension is None:
+        return (
+            "Train longer or widen the search with theodolite.parameters.subspace.measure_intrinsic_dimension; a task that "
+            "needs most of its weights is memorised or badly matched by the architecture."
+        )
+    return (
+        f"Compare architectures by this number: fewer dimensions suit the data better. A checkpoint of {measured.dimension:,} "
+        f"numbers and two seeds instead of {total:,} comes from SubspaceModel(network, {measured.dimension}).save(path)."
+    )
+
+
+def _figure(measured: IntrinsicDimension, metric: str, name: str) -> go.Figure:
+    curve = measured.curve
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.76, 0.24], vertical_spacing=0.06)
+    low, high = np.nanmin(curve.runs, axis=1).tolist(), np.nanmax(curve.runs, axis=1).tolist()
+    band_line(
+        figure, curve.dimensions, curve.mean.tolist(), name="trained in a random subspace", ink=INKS[0], low=low, high=high
+    )  # fmt: skip
+    level_line(figure, measured.reference, "direct training", row=1)
+    level_line(figure, measured.threshold * measured.reference, "90 % of it", dash="dash", row=1)
+    level_line(figure, curve.chance, "untrained", row=1)
+    places = {**_PUBLISHED, **({name: measured.dimension} if measured.dimension else {})}
+    for i, (task, d) in enumerate(places.items()):
+        figure.add_trace(
+            go.Scatter(
+                x=[d], y=[i], mode="markers+text", text=[f"{task}: {d:,}"],
+                textposition="middle left" if d > 250 else "middle right",
+                showlegend=False, hoverinfo="skip",
+                marker={"size": 11, "symbol": "diamond" if task == name else "circle",
+                        "color": INKS[0] if task == name else INKS[6]},
+            ),
+            row=2, col=1,
+        )  # fmt: skip
+    if measured.dimension:
+        figure.add_vline(x=measured.dimension, line_dash="dot", line_width=1, line_color=INKS[0])
+    figure.update_xaxes(type="log")
+    figure.update_xaxes(title_text="coordinates trained", row=2, col=1)
+    figure.update_yaxes(title_text=metric, row=1, col=1)
+    figure.update_yaxes(showticklabels=False, range=[-0.8, len(places) - 0.2], row=2, col=1)
+    figure.update_layout(
+        margin={"l": 60, "r": 20, "t": 30, "b": 50}, legend={"orientation": "h", "y": 1.12}, height=480
+    )
+    return figure
