@@ -1,3 +1,4 @@
+import os
 import json
 import math
 import subprocess
@@ -16,6 +17,12 @@ def test_a_file_is_replaced_whole(tmp_path):
     write_whole(path, "second")
     assert path.read_text() == "second"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_file_has_the_mode_that_any_new_file_has(tmp_path):
+    (tmp_path / "plain").write_text("x")
+    write_whole(tmp_path / "whole", "x")
+    assert (tmp_path / "whole").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path):

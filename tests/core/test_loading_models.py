@@ -500,7 +500,9 @@ def test_a_folder_of_an_encoder_gives_mean_pooled_embeddings_and_a_linear_layer(
     with torch.no_grad():  # one text at a time, without padding
         alone = torch.stack([model(torch.tensor([ids])).last_hidden_state[0].mean(dim=0) for ids in tokens])
     together = torch.cat([rows.x for rows in subject.data.parts.values()])
-    assert float(torch.cdist(together, alone, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1).values.max()) < 1e-3
+    assert (
+        float(torch.cdist(together, alone, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1).values.max()) < 1e-3
+    )
     iris().to_csv(tmp_path / "t.csv", index=False)
     with pytest.raises(DataError, match="takes texts"):
         load_subject(model=str(folder), data=tmp_path / "t.csv", options=SPECIES)
@@ -529,6 +531,24 @@ def test_a_real_sentence_encoder_reads_reviews(tmp_path):
     subject = load_subject(model=str(folder), data=tmp_path / "t.jsonl")
     assert subject.data.shape == (384,)
     assert subject.quality().low > 0.6
+
+
+def test_a_level_that_the_data_lack_is_a_column_of_zeros(tmp_path):
+    frame = pd.DataFrame({"size": np.arange(60.0), "colour": ["red", "green", "blue"] * 20})
+    frame["label"] = np.where(frame["size"] > 30, "big", "small")
+    inputs = pd.get_dummies(frame.drop(columns="label"))
+    forest = RandomForestClassifier(5, random_state=0).fit(inputs, frame["label"])
+    skops.io.dump(forest, tmp_path / "m.skops")
+    few = frame[frame["colour"] != "blue"]
+    few.to_csv(tmp_path / "t.csv", index=False)
+    subject = load_subject(model=str(tmp_path / "m.skops"), data=tmp_path / "t.csv", options=DataOptions())
+    assert subject.data.features == tuple(inputs.columns)
+    assert not subject.data.test.x[:, subject.data.features.index("colour_blue")].any()
+    by_size = inputs.set_index("size").loc[subject.data.test.x[:, 0].tolist()].reset_index()
+    assert agreement(subject, forest.predict_proba(by_size[inputs.columns])) < 1e-6
+    few.assign(colour="pink").drop(columns="size").to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(ModelError, match="'size'"):
+        load_subject(model=str(tmp_path / "m.skops"), data=tmp_path / "t.csv", options=DataOptions())
 
 
 # ---- functions, and the command line

@@ -38,6 +38,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # a temporary file is its owner's alone
         os.replace(temporary, path)
     except OSError as error:
         if temporary is not None:
@@ -46,6 +47,13 @@ def write_bytes(path: Path, content: bytes) -> None:
             f"cannot write {path}: {error.strerror}; what was written before is whole. Free some space or choose "
             "another folder, and run the same command again to continue"
         ) from error
+
+
+def _umask() -> int:
+    """The mask of the process; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -180,6 +180,11 @@ class Subject:
         return isinstance(self.predictor, nn.Module)
 
     @property
+    def model_name(self) -> str:
+        """The kind of model; of a wrapped estimator its own."""
+        return type(getattr(self.predictor, "estimator", self.predictor)).__name__
+
+    @property
     def retrainable(self) -> bool:
         """Whether the network can be trained again from its start."""
         return self.build is not None and self.recipe is not None
@@ -241,15 +246,15 @@ class Subject:
         """What one training by the recipe takes here, from the time of a few steps."""
         if self.build is None or self.recipe is None:
             raise ModelError(f"{self.name} cannot be trained again, so there is no time to tell")
-        rows = self.data.train.head(self.recipe.batch_size)
-        one_step = replace(self.recipe, epochs=1, patience=None)
-        model = self.build(0)
-        train(model, rows.x, rows.y, recipe=one_step)  # the first call allocates
+        per_epoch = -(-len(self.data.train) // self.recipe.batch_size)
+        timed = min(20, per_epoch)
+        rows = self.data.train.head(self.recipe.batch_size * timed)
+        one_epoch = replace(self.recipe, epochs=1, patience=None)
+        model, first = self.build(0), rows.head(self.recipe.batch_size)
+        train(model, first.x, first.y, recipe=one_epoch)  # the first step allocates
         started = time.perf_counter()
-        for _ in range(3):
-            train(model, rows.x, rows.y, recipe=one_step)
-        steps = self.recipe.epochs * -(-len(self.data.train) // self.recipe.batch_size)
-        return (time.perf_counter() - started) / 3 * steps
+        train(model, rows.x, rows.y, recipe=one_epoch)
+        return (time.perf_counter() - started) / timed * per_epoch * self.recipe.epochs
 
     @cached_property
     def fingerprint(self) -> str:

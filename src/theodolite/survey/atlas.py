@@ -86,7 +86,7 @@ def describe(subject: Subject) -> dict[str, Any]:
         "name": subject.name,
         "description": subject.description,
         "kind": "network" if subject.is_network else "black box",
-        "model": type(subject.predictor).__name__,
+        "model": subject.model_name,
         "parameters": subject.parameter_count,
         "layers": [
             {"name": name, "type": type(layer).__name__, "parameters": sum(p.numel() for p in layer.parameters())}

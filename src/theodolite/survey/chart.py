@@ -38,7 +38,7 @@ class Needs:
         """None where the chart applies, otherwise the first need that is not met, in words."""
         data = subject.data
         if self.network and not subject.is_network:
-            return f"needs a network; {type(subject.predictor).__name__} is a black box without layers or gradients"
+            return f"needs a network; {subject.model_name} is a black box without layers or gradients"
         if self.retrainable and not subject.retrainable:
             return "needs a network that can be trained again; give a factory (package.module:function) as the model"
         if self.modalities and data.modality not in self.modalities:

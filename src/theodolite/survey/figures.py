@@ -30,8 +30,11 @@ def band_line(
     low: Sequence[float] | None = None,
     high: Sequence[float] | None = None,
     dash: str | None = None,
+    row: int | None = None,
+    col: int | None = None,
+    legend: bool = True,
 ) -> None:
-    """Add a line with markers, and its interval as a pale band where there is one."""
+    """Add a line with markers, and its interval as a pale band where there is one; row, col: in which panel."""
     if low is not None and high is not None:
         band = go.Scatter(
             x=[*x, *reversed(list(x))],
@@ -44,10 +47,11 @@ def band_line(
             showlegend=False,
             name=f"{name}, interval",
         )
-        figure.add_trace(band)
-    figure.add_trace(
-        go.Scatter(x=list(x), y=list(y), mode="lines+markers", name=name, line={"color": ink, "dash": dash})
+        figure.add_trace(band, row=row, col=col)
+    line = go.Scatter(
+        x=list(x), y=list(y), mode="lines+markers", name=name, line={"color": ink, "dash": dash}, showlegend=legend
     )
+    figure.add_trace(line, row=row, col=col)
 
 
 def level_line(figure: go.Figure, y: float, name: str, *, dash: str = "dot", row: int | None = None) -> None:

@@ -225,7 +225,8 @@ def _figure(measured: IntrinsicDimension, metric: str, name: str) -> go.Figure:
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.76, 0.24], vertical_spacing=0.06)
     low, high = np.nanmin(curve.runs, axis=1).tolist(), np.nanmax(curve.runs, axis=1).tolist()
     band_line(
-        figure, curve.dimensions, curve.mean.tolist(), name="trained in a random subspace", ink=INKS[0], low=low, high=high
+        figure, curve.dimensions, curve.mean.tolist(), name="trained in a random subspace", ink=INKS[0], low=low, high=high,
+        row=1, col=1,
     )  # fmt: skip
     level_line(figure, measured.reference, "direct training", row=1)
     level_line(figure, measured.threshold * measured.reference, "90 % of it", dash="dash", row=1)

@@ -23,6 +23,7 @@ from theodolite.core.subject import Dataset, Modality, Rows
 
 _TABLES = (".csv", ".tsv", ".tab", ".txt", ".parquet", ".jsonl", ".ndjson", ".json")
 _ENOUGH = 10
+_ABSENT = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,14 +174,25 @@ def _frame_data(name: str, source: Source, given: np.ndarray, options: DataOptio
         *((f"{copies:,} rows are exact copies of others, which may lie in another part",) if copies else ()),
     )  # fmt: skip
     data = _dataset(
-        name, "tabular", labels, parts, lambda rows: encoding.encode(table.values[rows])[:, picked],
-        tuple(encoding.features[i] for i in picked), table.columns, notes, given[stay],
+        name, "tabular", labels, parts, lambda rows: _take(encoding.encode(table.values[rows]), picked),
+        wanted.columns if _ABSENT in picked else tuple(encoding.features[i] for i in picked), table.columns, notes,
+        given[stay],
     )  # fmt: skip
-    return Loaded(data, encoding if len(picked) == len(encoding.features) else None)
+    return Loaded(data, encoding if picked == list(range(len(encoding.features))) else None)
+
+
+def _take(features: np.ndarray, picked: Sequence[int]) -> np.ndarray:
+    """Features (n, len(picked)) in the order of ``picked``, zeros where one is absent."""
+    taken = features[:, picked]
+    taken[:, np.array(picked) == _ABSENT] = 0
+    return taken
 
 
 def _picked(encoding: Encoding, table: Table, wanted: Wanted) -> list[int]:
-    """Positions of the features that the model knows by name ("color=red" or "color_red"), in its order."""
+    """Positions of the features that the model knows by name ("color=red" or "color_red"), in its order.
+
+    A level of a category that no row of the data has is a column of zeros: _ABSENT.
+    """
     every = list(range(len(encoding.features)))
     if not wanted.columns:
         return every
@@ -193,11 +205,16 @@ def _picked(encoding: Encoding, table: Table, wanted: Wanted) -> list[int]:
     }
     if tuple(column.name for column in encoding.columns) == wanted.columns:
         return every
+    levels = tuple(f"{column.name}{mark}" for column in encoding.columns if column.kind == "category" for mark in "=_")
+    known |= {name: _ABSENT for name in wanted.columns if name not in known and name.startswith(levels)}
     lacking = [name for name in wanted.columns if name not in known]
     if lacking:
         shown = [f"{name!r}" + (f" ({table.left_out[name]})" if name in table.left_out else "") for name in lacking]
         raise ModelError(f"the model takes columns that the data do not give: {', '.join(shown[:8])}")
-    return [known[name] for name in wanted.columns]
+    picked = [known[name] for name in wanted.columns]
+    if all(i == _ABSENT for i in picked):
+        raise ModelError(f"the model takes levels that no row of the data has: {', '.join(wanted.columns[:8])}")
+    return picked
 
 
 def _text_data(
