@@ -115,10 +115,10 @@ def _plain_figure(value: Any) -> Any:
 
 
 def _interval(number: Mapping[str, Any]) -> str:
-    """ "[low, high]", with infinity where an end is not bounded; nothing for an exact number."""
+    """ "[low, high]", with infinity where an end is not bounded; "exact" for a count."""
     low, high = number["low"], number["high"]
     if low == high == number["value"]:
-        return "exact"
+        return f"the same in all {number['n']}" if (number.get("n") or 0) > 1 else "exact"
     ends = ["−∞" if low is None else format_number(low), "∞" if high is None else format_number(high)]
     return f"[{ends[0]}, {ends[1]}]"
 

@@ -40,7 +40,11 @@
       }
     }
   }, { rootMargin: "600px" });
-  for (const plot of plots) nearby.observe(plot);
+  for (const plot of plots) {
+    const height = figures[plot.dataset.figure].layout.height;
+    if (height) plot.style.height = `${height}px`;
+    nearby.observe(plot);
+  }
 
   const again = () => { for (const plot of drawn.keys()) draw(plot); };
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
