@@ -65,7 +65,11 @@ def slugs(atlas):
 def draw_all(page, count):
     for place in range(count):
         page.locator(".plot").nth(place).scroll_into_view_if_needed()
-    page.wait_for_function("document.querySelectorAll('.plot[data-drawn]').length === " + str(count))
+    wait_for_figures(page, count)
+
+
+def wait_for_figures(page, count):
+    page.locator(".plot[data-drawn]").nth(count - 1).wait_for()
 
 
 @pytest.mark.parametrize("options", [
@@ -114,7 +118,7 @@ def test_a_headline_leads_to_its_card(opened, atlas):
 def test_it_prints(opened, atlas):
     page = opened(viewport={"width": 1280, "height": 900})
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    page.wait_for_function(f"document.querySelectorAll('.plot[data-drawn]').length === {len(slugs(atlas))}")
+    wait_for_figures(page, len(slugs(atlas)))
     paper = page.pdf(format="A4")
     assert paper.startswith(b"%PDF")
     assert page.said == []

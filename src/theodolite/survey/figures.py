@@ -58,7 +58,13 @@ def level_line(figure: go.Figure, y: float, name: str, *, dash: str = "dot", row
     """Add a horizontal line with its name at the right end; ``row`` where the figure has several."""
     where: dict[str, Any] = {} if row is None else {"row": row, "col": 1}
     figure.add_hline(
-        y=y, line_dash=dash, line_width=1, annotation_text=name, annotation_position="bottom right", **where
+        y=y,
+        line_dash=dash,
+        line_width=1,
+        line_color=INKS[6],
+        annotation_text=name,
+        annotation_position="bottom right",
+        **where,
     )
 
 

@@ -1,6 +1,7 @@
 """Charts of the parameter space."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,11 +10,11 @@ import torch
 from plotly.subplots import make_subplots
 from torch import nn
 
-from theodolite.core.curve import QualityCurve, SmallestDimension
+from theodolite.core.curve import QualityCurve
 from theodolite.core.errors import InputError
 from theodolite.core.estimate import Comparison, Control, Estimate, mean_of_runs
 from theodolite.core.subject import Rows, Subject
-from theodolite.core.train import train
+from theodolite.core.train import Recipe, train
 from theodolite.parameters.subspace import IntrinsicDimension, SubspaceModel, measure_intrinsic_dimension
 from theodolite.survey.chart import Budget, Needs, chart, trainings
 from theodolite.survey.figures import INKS, band_line, level_line
@@ -22,124 +23,141 @@ from theodolite.survey.finding import Finding
 _LR = 0.3
 """Steps of Adam on the coordinates of a random subspace, of the reparametrization's own order and not of the weights'."""
 
+_GRID = (2, 8, 32, 128, 512, 2048)
 _PUBLISHED = {"MNIST, LeNet": 290, "MNIST, fully connected": 750, "CIFAR-10, LeNet": 2_900}
 """Li et al., 2018, figures 2, S7 and table S1: d at 90 % of the baseline."""
 
 
-def _grid(total: int) -> list[int]:
-    """2, 8, 32, ... up to the number of parameters or 2,048."""
-    return [d for d in (2, 8, 32, 128, 512, 2048) if d <= total] or [1]
-
-
-def _search(
-    build: Callable[[int], nn.Module],
-    fit: Callable[[nn.Module], None],
-    evaluate: Callable[[nn.Module], float],
-    seeds: tuple[int, ...],
-) -> IntrinsicDimension:
-    """The whole curve in steps of four, and one point more below the number that it gives."""
-    total = sum(p.numel() for p in build(seeds[0]).parameters() if p.requires_grad)
-    coarse = measure_intrinsic_dimension(build, fit, evaluate, _grid(total), seeds=seeds)
-    if coarse.dimension is None or coarse.dimension == 1:
-        return coarse
-    half = [coarse.dimension // 2]
-    fine = measure_intrinsic_dimension(build, fit, evaluate, half, seeds=seeds, baseline=coarse.reference)
-    runs = {d: row.tolist() for part in (coarse, fine) for d, row in zip(part.curve.dimensions, part.curve.runs)}
-    curve = QualityCurve.from_runs(
-        runs, chance=coarse.curve.chance, reference=coarse.reference, name=coarse.curve.name, total_dimension=total
-    )
-    return replace(coarse if fine.dimension is None else fine, curve=curve)
-
-
 @dataclass(frozen=True, eq=False)
 class _Trainer:
-    """Trains networks of the subject in a subspace, directly, or a few of their weights alone."""
+    """Trains fresh networks of the subject in a subspace, directly, or a few of their weights alone."""
 
     subject: Subject
+    build: Callable[[int], nn.Module]
+    recipe: Recipe
+
+    @classmethod
+    def of(cls, subject: Subject) -> "_Trainer":
+        if subject.build is None or subject.recipe is None:
+            raise InputError(f"{subject.name} cannot be trained again")
+        return cls(subject, subject.build, subject.recipe)
 
     def fit(self, model: nn.Module, rows: Rows | None = None, lr: float = _LR) -> None:
         """By the subject's recipe; in a subspace with the larger steps that it takes, and the penalty on the weights."""
         rows = self.subject.data.train if rows is None else rows
-        recipe = self.subject.recipe
-        if recipe is None:
-            raise InputError(f"{self.subject.name} has no recipe to train by")
         if not isinstance(model, SubspaceModel):
-            train(model, rows.x, rows.y, recipe=recipe)
+            train(model, rows.x, rows.y, recipe=self.recipe)
             return
-        step = replace(recipe, lr=lr, optimizer="adam", momentum=0.0, schedule="cosine", l2=0.0, patience=None)
-        penalty: Callable[[], torch.Tensor] | None = None
-        if recipe.l2:
-            penalty = lambda: recipe.l2 / 2 * model.squared_norm()  # noqa: E731
-        train(model, rows.x, rows.y, recipe=step, penalty=penalty)
+        l2, penalty = self.recipe.l2, None
+        if l2:
+            penalty = lambda: l2 / 2 * model.squared_norm()  # noqa: E731
+        train(model, rows.x, rows.y, recipe=self._large_steps(lr), penalty=penalty)
 
     def fit_weights(self, model: nn.Module, count: int, seed: int) -> None:
         """Train ``count`` weights drawn at random; all others keep their start."""
         parameters = [p for p in model.parameters() if p.requires_grad]
         chosen = torch.zeros(sum(p.numel() for p in parameters))
         chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))[:count]] = 1
-        handles = []
-        for parameter, mask in zip(parameters, chosen.split([p.numel() for p in parameters]), strict=True):
-            mask = mask.view_as(parameter).to(parameter)
-            handles.append(parameter.register_hook(lambda gradient, mask=mask: gradient * mask))
-        data, recipe = self.subject.data, self.subject.recipe
-        if recipe is None:
-            raise InputError(f"{self.subject.name} has no recipe to train by")
-        step = replace(recipe, lr=_LR, optimizer="adam", momentum=0.0, schedule="cosine", l2=0.0, patience=None)
-        train(model, data.train.x, data.train.y, recipe=step.with_seed(seed))
-        for handle in handles:
-            handle.remove()
+        with ExitStack() as stack:
+            for parameter, mask in zip(parameters, chosen.split([p.numel() for p in parameters]), strict=True):
+                mask = mask.view_as(parameter).to(parameter)
+                handle = parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
+                stack.callback(handle.remove)
+            rows = self.subject.data.train
+            train(model, rows.x, rows.y, recipe=self._large_steps(_LR).with_seed(seed))
 
+    def _large_steps(self, lr: float) -> Recipe:
+        return replace(self.recipe, lr=lr, optimizer="adam", momentum=0.0, schedule="cosine", l2=0.0, patience=None)
 
-def _start_of(subject: Subject) -> Callable[[int], nn.Module]:
-    if subject.build is None:
-        raise InputError(f"{subject.name} cannot be trained again")
-    return subject.build
+    def quality(self, model: nn.Module, name: str) -> float:
+        """What the reusable holdout answers about the model's quality."""
+        data = self.subject.data
+        validation, test = (self.subject.correct(model, rows) for rows in (data.validation, data.test))
+        if self.subject.holdout is None:
+            return float(test.mean())
+        return self.subject.holdout.ask((validation, test), name=name).value
+
+    def direct(self, seed: int) -> float:
+        """Quality of training all weights, from the start and in the order of ``seed``."""
+        model = self.build(seed)
+        rows = self.subject.data.train
+        train(model, rows.x, rows.y, recipe=self.recipe.with_seed(seed))
+        return self.quality(model, "direct training")
+
+    def search(self, seeds: tuple[int, ...], direct: float) -> IntrinsicDimension:
+        """The whole curve in steps of four, and one point more below the number that it gives."""
+
+        def measure(dimensions: list[int]) -> IntrinsicDimension:
+            return measure_intrinsic_dimension(
+                self.build, self.fit, lambda model: self.quality(model, "intrinsic-dimension search"), dimensions,
+                seeds=seeds, baseline=direct,
+            )  # fmt: skip
+
+        total = sum(p.numel() for p in self.build(seeds[0]).parameters() if p.requires_grad)
+        coarse = measure([d for d in _GRID if d <= total] or [1])
+        if coarse.dimension is None or coarse.dimension == 1:
+            return coarse
+        fine = measure([coarse.dimension // 2])
+        runs = {d: row.tolist() for part in (coarse, fine) for d, row in zip(part.curve.dimensions, part.curve.runs)}
+        curve = QualityCurve.from_runs(
+            runs, chance=coarse.curve.chance, reference=direct, name=coarse.curve.name, metric=self.subject.metric,
+            total_dimension=total,
+        )  # fmt: skip
+        return replace(coarse if fine.dimension is None else fine, curve=curve)
+
+    def shuffled(self, dimension: int, seeds: tuple[int, ...]) -> Estimate:
+        """Accuracy on the training rows themselves after training on shuffled labels, by the better of two step sizes."""
+        found = {_LR: list[float](), _LR / 10: list[float]()}
+        for seed in seeds:
+            rows = self.subject.data.train
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+            wrong = Rows(rows.x, rows.y[order])
+            for lr, reached in found.items():
+                model = SubspaceModel(self.build(seed), dimension, seed=seed)
+                self.fit(model, wrong, lr)
+                reached.append(float(self.subject.correct(model, wrong).mean()))
+        return mean_of_runs(max(found.values(), key=sum), unit="accuracy", within=(0, 1))
 
 
 @chart("intrinsic-dimension", needs=Needs(network=True, retrainable=True), cost=trainings(34))
 def intrinsic_dimension(subject: Subject, budget: Budget) -> Finding:
     """How many coordinates of a random subspace of weight space reach 90 % of the quality of direct training."""
-    data, build, trainer = subject.data, _start_of(subject), _Trainer(subject)
+    data, trainer = subject.data, _Trainer.of(subject)
     seeds = tuple(range(budget.seed, budget.seed + 3))
 
-    def quality(model: nn.Module, name: str) -> float:
-        right = [subject.correct(model, rows) for rows in (data.validation, data.test)]
-        if subject.holdout is None:
-            return float(right[1].mean())
-        return subject.holdout.ask((right[0], right[1]), name=name).value
+    def mean(values: Sequence[float]) -> Estimate:
+        return mean_of_runs(values, unit=subject.metric, within=(-np.inf, 1))
 
-    measured = _search(build, trainer.fit, lambda model: quality(model, "intrinsic-dimension search"), seeds)
-    total = measured.total_dimension
-    curve = replace(measured.curve, metric=subject.metric)
+    direct = mean([trainer.direct(seed) for seed in seeds])
+    measured = trainer.search(seeds, direct.value)
+    total, curve = measured.total_dimension, measured.curve
     shown = measured.dimension or curve.dimensions[-1]
-    at = list(curve.dimensions).index(shown)
     few = []
     for seed in seeds:
-        model = build(seed)
+        model = trainer.build(seed)
         trainer.fit_weights(model, shown, seed)
-        few.append(quality(model, "as many weights chosen at random"))
+        few.append(trainer.quality(model, "as many weights chosen at random"))
+    chance = Estimate.exact(data.chance, subject.metric)
     comparison = Comparison(
         f"{subject.metric} with {shown:,} coordinates",
-        mean_of_runs(curve.runs[at].tolist(), unit=subject.metric, within=(-np.inf, 1)),
+        mean(curve.runs[curve.dimensions.index(shown)].tolist()),
         (
-            Control(f"{shown:,} weights chosen at random", mean_of_runs(few, unit=subject.metric, within=(-np.inf, 1)), "random"),
-            Control("always the commonest class" if data.classes else "the mean of the targets",
-                    Estimate.exact(data.chance, subject.metric), "null"),
-            Control("direct training of all weights", Estimate.exact(measured.reference, subject.metric), "reference"),
+            Control(f"{shown:,} weights chosen at random", mean(few), "random"),
+            Control("always the commonest class" if data.classes else "the mean of the targets", chance, "null"),
+            Control("direct training of all weights", direct, "reference"),
         ),
-    )  # fmt: skip
-    gain = curve.smallest(above_chance=True)
-    numbers = _numbers(measured, gain, comparison.estimate, shown)
+    )
+    numbers = _numbers(measured, comparison.estimate, direct, shown)
     shuffled = None
     if data.task == "classification" and measured.dimension is not None:
-        shuffled = _shuffled(subject, trainer, build, min(total, 10 * shown), seeds)
+        shuffled = trainer.shuffled(min(total, 10 * shown), seeds)
         numbers[f"training accuracy on shuffled labels, {min(total, 10 * shown):,} coordinates"] = shuffled
     return Finding(
         slug="intrinsic-dimension",
         headline=_headline(measured, shuffled, shown),
         numbers=numbers,
         comparison=comparison,
-        figure=_figure(measured, curve.metric, data.name),
+        figure=_figure(measured, subject.metric, data.name),
         reading=f"Quality when only a random subspace of the {total:,} weights is trained, against the number of its "
         "coordinates; bands span the runs. The found number is where the line first reaches 90 % of direct training. Below, "
         "where this task stands among those of the paper.",
@@ -153,25 +171,7 @@ def intrinsic_dimension(subject: Subject, budget: Budget) -> Finding:
     )
 
 
-def _shuffled(
-    subject: Subject, trainer: _Trainer, build: Callable[[int], nn.Module], dimension: int, seeds: tuple[int, ...]
-) -> Estimate:
-    """Accuracy on the training rows themselves after training on shuffled labels, by the better of two step sizes."""
-    found = {_LR: list[float](), _LR / 10: list[float]()}
-    for seed in seeds:
-        rows = subject.data.train
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-        wrong = Rows(rows.x, rows.y[order])
-        for lr, reached in found.items():
-            model = SubspaceModel(build(seed), dimension, seed=seed)
-            trainer.fit(model, wrong, lr)
-            reached.append(float(subject.correct(model, wrong).mean()))
-    return mean_of_runs(max(found.values(), key=sum), unit="accuracy", within=(0, 1))
-
-
-def _numbers(
-    measured: IntrinsicDimension, gain: SmallestDimension, quality: Estimate, shown: int
-) -> dict[str, Estimate]:
+def _numbers(measured: IntrinsicDimension, quality: Estimate, direct: Estimate, shown: int) -> dict[str, Estimate]:
     total, curve = measured.total_dimension, measured.curve
     numbers = {"parameters in all": Estimate.exact(total, "dimensions")}
     found = curve.smallest_reaching(measured.threshold * measured.reference)
@@ -182,11 +182,11 @@ def _numbers(
         numbers["description of the trained network, beside its code"] = Estimate.exact(
             measured.description_bits, "bits"
         )
+    gain = curve.smallest(above_chance=True)
     if gain.estimate is not None:
         numbers["dimension at 90 % of the gain above the untrained network"] = gain.estimate
     numbers[f"quality with {shown:,} coordinates"] = quality
-    numbers["quality of direct training"] = Estimate.exact(measured.reference, quality.unit)
-    numbers["quality of the untrained network"] = Estimate.exact(curve.chance, quality.unit)
+    numbers["quality of direct training"] = direct
     return numbers
 
 

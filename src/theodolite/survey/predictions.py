@@ -13,7 +13,7 @@ from theodolite.predictions.label_geometry import (
     random_tree_metric,
 )
 from theodolite.survey.chart import Budget, Needs, chart, seconds
-from theodolite.survey.figures import INKS, band_line, blank
+from theodolite.survey.figures import INKS, band_line, blank, level_line
 from theodolite.survey.finding import Finding
 
 _DRAWS = 20
@@ -111,7 +111,7 @@ def label_geometry(subject: Subject, budget: Budget) -> Finding:
             figure, counts, [float(row.mean()) for row in table], name=name, ink=ink,
             low=[float(np.quantile(row, 0.1)) for row in table], high=[float(np.quantile(row, 0.9)) for row in table],
         )  # fmt: skip
-    figure.add_hline(y=0, line_dash="dot", line_width=1, annotation_text="argmax", annotation_position="bottom right")
+    level_line(figure, 0, "argmax")
     figure.update_yaxes(tickformat=".0%")
     return Finding(
         slug="label-geometry",

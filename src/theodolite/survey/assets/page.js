@@ -19,8 +19,17 @@
     };
   };
 
+  // the inks of the figures, as bright on a dark ground as they are strong on a light one
+  const bright = { "#0072b2": "#56b4e9", "rgba(0,114,178": "rgba(86,180,233", "#666666": "#a8a8a8", "#d55e00": "#ff8c42" };
+  const shown = (figure) => {
+    if (!matchMedia("(prefers-color-scheme: dark)").matches) return figure;
+    let text = JSON.stringify(figure);
+    for (const [ink, other] of Object.entries(bright)) text = text.replaceAll(ink, other);
+    return JSON.parse(text);
+  };
+
   const draw = async (plot) => {
-    const figure = figures[plot.dataset.figure];
+    const figure = shown(figures[plot.dataset.figure]);
     const layout = { ...figure.layout, template: theme(), autosize: true };
     try {
       await Plotly.react(plot, figure.data, layout, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] });
