@@ -48,4 +48,18 @@ def subject():
     return builtin("breast-cancer")
 
 
+def fit_to_zero(model):
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(5):
+        loss = model(torch.ones(4, 11)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def closeness_to_zero(model):
+    with torch.no_grad():
+        return float(torch.exp(-model(torch.ones(4, 11)).square().mean()))
+
+
 NUMBER = 3

@@ -1,12 +1,14 @@
 """The flags that say what a command works on, and their form for machines."""
 
-__all__ = ["Json", "Seed", "SubjectFlags", "parse_duration", "subject_flags"]
+__all__ = ["Dask", "Json", "Seed", "SubjectFlags", "Workers", "executor_of", "parse_duration", "subject_flags"]
 
 import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +22,29 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON and nothing else on stdout")]
 Seed = Annotated[int, typer.Option(help="seed of every random choice; the same seed gives the same numbers")]
+Workers = Annotated[int | None, typer.Option(help="spread the work over this many processes", min=1)]
+Dask = Annotated[
+    str | None, typer.Option(help="spread the work over the Dask cluster at this address (tcp://host:8786)")
+]
+
+
+@contextmanager
+def executor_of(workers: int | None, dask: str | None) -> Iterator[Executor | int | None]:
+    """What `theodolite.core.parallel.spread` takes, of the flags --workers and --dask; a cluster is left running."""
+    if dask is None:
+        yield workers
+        return
+    if workers is not None:
+        raise InputError("--workers and --dask exclude each other: the cluster has its own workers")
+    from theodolite.core.errors import require
+
+    distributed = require("distributed", "distributed")
+    try:
+        client = distributed.Client(dask, timeout=5)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise InputError(f"--dask {dask}: no Dask scheduler answers there ({error})") from error
+    with client:
+        yield client.get_executor()
 
 
 @dataclass(frozen=True)

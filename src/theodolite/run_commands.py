@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from theodolite.catalog import CATALOG, Entry
-from theodolite.commands import Json, SubjectFlags, subject_flags
+from theodolite.commands import Dask, Json, SubjectFlags, Workers, executor_of, subject_flags
 from theodolite.core.errors import DataError, InputError
 
 run_app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -113,6 +113,8 @@ def _adaptive_data_analysis(
     attack: Annotated[int | None, typer.Option(help="run the attack on this many rows of pure noise", min=2)] = None,
     features: Annotated[int | None, typer.Option(help="noise features of the attack; as many as rows", min=1)] = None,
     repeats: Annotated[int, typer.Option(help="repeats of the attack", min=1)] = 5,
+    workers: Workers = None,
+    dask: Dask = None,
     seconds: Seconds = 60.0,
     memory: Memory = 1024,
     as_json: Json = False,
@@ -129,10 +131,13 @@ def _adaptive_data_analysis(
         d = features or attack
         kept = sorted({max(1, round(d * share)) for share in (0.01, 0.02, 0.05)})
         result: dict[str, Any] = {"rows": attack, "features": d, "kept_features": kept}
-        for mechanism in ("standard", "gaussian", "thresholdout"):
-            run = freedman_attack(attack, d, kept, mechanism=mechanism, repeats=repeats, seed=flags.seed)
-            result[f"reported_by_{mechanism}"] = run.reported.mean(axis=0).round(4).tolist()
-            result[f"true_accuracy_under_{mechanism}"] = run.fresh.mean(axis=0).round(4).tolist()
+        with executor_of(workers, dask) as executor:
+            for mechanism in ("standard", "gaussian", "thresholdout"):
+                run = freedman_attack(
+                    attack, d, kept, mechanism=mechanism, repeats=repeats, seed=flags.seed, executor=executor
+                )
+                result[f"reported_by_{mechanism}"] = run.reported.mean(axis=0).round(4).tolist()
+                result[f"true_accuracy_under_{mechanism}"] = run.fresh.mean(axis=0).round(4).tolist()
         _tell(result, as_json)
     else:
         _chart("adaptive-data-analysis", flags, seconds, memory, as_json)

@@ -1,13 +1,24 @@
+import json
 import math
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 
 import pytest
+from typer.testing import CliRunner
 
+import real_subjects
+from theodolite.commands import executor_of
 from theodolite.core.errors import InputError, MissingExtraError, require
 from theodolite.core.parallel import seeds_for, spread
+from theodolite.data.reusable_holdout import freedman_attack
+from theodolite.parameters.subspace import measure_intrinsic_dimension
+from theodolite.run_commands import run_app
 
 TASKS = [(float(n),) for n in range(6)]
 EXPECTED = [math.sqrt(n) for n in range(6)]
+
+
+ATTACK = ["adaptive-data-analysis", "--attack", "200", "--repeats", "3", "--json"]
 
 
 def test_in_process_threads_and_processes_agree():
@@ -27,8 +38,31 @@ def test_a_real_dask_cluster_of_two_workers_agrees():
         pool = client.get_executor()
         assert len(client.scheduler_info()["workers"]) == 2
         assert spread(math.sqrt, TASKS, executor=pool) == EXPECTED
+        here = CliRunner().invoke(run_app, ATTACK)
+        there = CliRunner().invoke(run_app, [*ATTACK, "--dask", cluster.scheduler_address])
+        assert here.exit_code == 0
+        assert json.loads(there.stdout) == json.loads(here.stdout)
         with pytest.raises(ValueError, match=r"math domain|nonnegative"):
             spread(math.sqrt, [(-1.0,)], executor=pool)
+
+
+def test_methods_give_the_same_numbers_in_two_processes():
+    functions = (real_subjects.table_network, real_subjects.fit_to_zero, real_subjects.closeness_to_zero)
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        attacks = [freedman_attack(100, 100, [5], repeats=3, executor=executor) for executor in (None, pool)]
+        curves = [
+            measure_intrinsic_dimension(*functions, [1, 4], seeds=(0, 1), search=search, executor=executor).curve.runs
+            for search in ("grid", "bisect")
+            for executor in (None, pool)
+        ]
+    assert (attacks[0].reported == attacks[1].reported).all()
+    assert (curves[0] == curves[1]).all()
+    assert (curves[2] == curves[3]).all()
+
+
+def test_no_scheduler_at_an_address_is_an_error():
+    with pytest.raises(InputError, match="no Dask scheduler"), executor_of(None, "tcp://127.0.0.1:1"):
+        pass
 
 
 def test_the_first_failure_is_raised():

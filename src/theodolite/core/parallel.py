@@ -1,9 +1,10 @@
 """Fan-out over the standard library's executors: in process, a process pool, or a Dask cluster's."""
 
-__all__ = ["seeds_for", "spread"]
+__all__ = ["open_pool", "seeds_for", "spread"]
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
@@ -27,15 +28,21 @@ def spread(
     [8, 9]
     """
     work = list(tasks)
-    if executor is None:
-        return [function(*task) for task in work]
-    if isinstance(executor, int):
-        if executor < 1:
-            raise InputError(f"the number of workers must be at least 1, got {executor}")
-        # spawn: a forked child inherits torch's thread pools in a state it cannot use
-        with ProcessPoolExecutor(executor, mp_context=get_context("spawn")) as pool:
-            return _gather(function, work, pool)
-    return _gather(function, work, executor)
+    with open_pool(executor) as pool:
+        return [function(*task) for task in work] if pool is None else _gather(function, work, pool)
+
+
+@contextmanager
+def open_pool(executor: Executor | int | None) -> Iterator[Executor | None]:
+    """The executor itself, or for an int a pool of that many processes that lasts as long as the block."""
+    if not isinstance(executor, int):
+        yield executor
+        return
+    if executor < 1:
+        raise InputError(f"the number of workers must be at least 1, got {executor}")
+    # spawn: a forked child inherits torch's thread pools in a state it cannot use
+    with ProcessPoolExecutor(executor, mp_context=get_context("spawn")) as pool:
+        yield pool
 
 
 def _gather(function: Callable[..., T], work: list[tuple[Any, ...]], pool: Executor) -> list[T]:

@@ -21,6 +21,7 @@ import json
 import math
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from torch.nn.parameter import is_lazy
 from theodolite.core.curve import QualityCurve
 from theodolite.core.errors import InputError, ModelError
 from theodolite.core.files import write_bytes
+from theodolite.core.parallel import open_pool, spread
 from theodolite.parameters.reparametrization import KINDS, make_projection
 
 _SEED_BITS, _FLOAT_BITS = 64, 32
@@ -334,6 +336,7 @@ def measure_intrinsic_dimension(
     seeds: Iterable[SupportsInt] = (0, 1, 2),
     search: str = "grid",
     bootstrap: int = 100,
+    executor: Executor | int | None = None,
 ) -> IntrinsicDimension:
     """Find the intrinsic dimension of the task that fit and evaluate stand for.
 
@@ -342,6 +345,8 @@ def measure_intrinsic_dimension(
     same network without a subspace, once a seed, and takes the mean; a number is an absolute quality. search: "grid" tries
     every d, which gives the whole curve; "bisect" halves the grid, the same answer where quality grows with d, in a third
     of the trainings. Every d is run with each of the seeds: of the start, of P and of torch's generator during the run.
+    executor: spreads the runs over the seeds, and over d where search is "grid" (`theodolite.core.parallel.spread`); build,
+    fit and evaluate must then be picklable.
 
     Raises InputError for dimensions that are empty, not increasing, below 1 or above D, for a reference that is not above 0,
     and where evaluate gives NaN (naming d and seed).
@@ -383,41 +388,37 @@ def measure_intrinsic_dimension(
     with _seeded(seeds[0]):  # the largest d is tried on: whatever cannot be built fails before anything is trained
         total = SubspaceModel(_start(build, seeds[0]), grid[-1], projection=projection, seed=seeds[0]).total_dimension
 
-    def run(seed: int, d: int | None, *, train: bool = True) -> float:
-        with _seeded(seed):
-            module = _start(build, seed)
-            if d is not None:
-                module = SubspaceModel(module, d, projection=projection, seed=seed)
-            if train:
-                fit(module)
-            value = float(evaluate(module))
-        if not math.isfinite(value):
-            at = f"d = {d}" if d is not None else "d = D (direct training)" if train else "d = 0 (untrained)"
-            raise InputError(f"evaluate gave {value} at {at}, seed {seed}; a quality must be a finite number")
-        return value
+    with open_pool(executor) as pool:
 
-    untrained = float(np.mean([run(seed, None, train=False) for seed in seeds]))
-    reference = float(np.mean([run(seed, None) for seed in seeds])) if isinstance(baseline, str) else float(baseline)
-    _check_reference(reference, threshold)
-    runs: dict[int, list[float]] = {}
+        def qualities(tasks: Iterable[tuple[int, int | None, bool]]) -> list[float]:
+            work = [(build, fit, evaluate, projection, *task) for task in tasks]
+            return spread(_run, work, executor=pool)
 
-    def passes(d: int) -> bool:
-        runs[d] = [run(seed, d) for seed in seeds]
-        return float(np.mean(runs[d])) >= threshold * reference
+        untrained = float(np.mean(qualities((seed, None, False) for seed in seeds)))
+        if isinstance(baseline, str):
+            reference = float(np.mean(qualities((seed, None, True) for seed in seeds)))
+        else:
+            reference = float(baseline)
+        _check_reference(reference, threshold)
+        runs: dict[int, list[float]] = {}
 
-    if search == "grid":
-        for d in grid:
-            passes(d)
-    else:
-        _bisect(grid, passes)
+        def passes(d: int) -> bool:
+            runs[d] = qualities((seed, d, True) for seed in seeds)
+            return float(np.mean(runs[d])) >= threshold * reference
+
+        if search == "grid":
+            found = qualities((seed, d, True) for d in grid for seed in seeds)
+            runs |= {d: found[i * len(seeds) : (i + 1) * len(seeds)] for i, d in enumerate(grid)}
+        else:
+            _bisect(grid, passes)
     curve = QualityCurve.from_runs(
         runs, chance=untrained, reference=reference, name="random subspace", total_dimension=total
     )
-    found = curve.smallest_reaching(threshold * reference, resamples=bootstrap, seed=seeds[0])
-    d = found.dimension
+    smallest = curve.smallest_reaching(threshold * reference, resamples=bootstrap, seed=seeds[0])
+    d = smallest.dimension
     return IntrinsicDimension(
         dimension=d,
-        standard_error=found.standard_error,
+        standard_error=smallest.standard_error,
         threshold=threshold,
         reference=reference,
         total_dimension=total,
@@ -427,6 +428,29 @@ def measure_intrinsic_dimension(
         compression=None if d is None else total / d,
         description_bits=None if d is None else d * _FLOAT_BITS + 2 * _SEED_BITS,
     )
+
+
+def _run(
+    build: Callable[..., nn.Module],
+    fit: Callable[[nn.Module], Any],
+    evaluate: Callable[[nn.Module], float],
+    projection: str,
+    seed: int,
+    d: int | None,
+    train: bool,
+) -> float:
+    """Quality of one run in d dimensions; None is all of them, without a subspace."""
+    with _seeded(seed):
+        module = _start(build, seed)
+        if d is not None:
+            module = SubspaceModel(module, d, projection=projection, seed=seed)
+        if train:
+            fit(module)
+        value = float(evaluate(module))
+    if not math.isfinite(value):
+        at = f"d = {d}" if d is not None else "d = D (direct training)" if train else "d = 0 (untrained)"
+        raise InputError(f"evaluate gave {value} at {at}, seed {seed}; a quality must be a finite number")
+    return value
 
 
 def _start(build: Callable[..., nn.Module], seed: int) -> nn.Module:

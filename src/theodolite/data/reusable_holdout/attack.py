@@ -4,13 +4,14 @@ __all__ = ["AttackResult", "freedman_attack"]
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 
 from theodolite.core.errors import InputError
-from theodolite.core.parallel import seeds_for
+from theodolite.core.parallel import seeds_for, spread
 
 _SIGNAL_FEATURES, _SIGNAL_STRENGTH = 20, 6.0
 
@@ -41,6 +42,7 @@ def freedman_attack(
     mechanism: str = "thresholdout",
     repeats: int = 5,
     seed: int = 0,
+    executor: Executor | int | None = None,
 ) -> AttackResult:
     """Select among d noise features by their correlation with n random labels, then ask how well the selection does.
 
@@ -49,7 +51,9 @@ def freedman_attack(
     + 6 / sqrt(n) times the label. mechanism: "standard" answers with the holdout's means, "thresholdout" as in the
     published experiment (threshold 4 / sqrt(n), Gaussian noise 1 / sqrt(n)), "gaussian" adds noise 1 / sqrt(n) to all.
 
-    Memory 12 n d bytes. Source: Dwork et al., 2015, Science 349, after Freedman, 1983.
+    executor: spreads the repeats (`theodolite.core.parallel.spread`). Memory 12 n d bytes for each that runs.
+
+    Source: Dwork et al., 2015, Science 349, after Freedman, 1983.
     """
     ks = tuple(int(k) for k in k_list)
     if n < 2 or d < 1 or repeats < 1 or not ks or min(ks) < 1 or max(ks) > d:
@@ -62,14 +66,16 @@ def freedman_attack(
         )
     if mechanism not in ("standard", "thresholdout", "gaussian"):
         raise InputError(f"mechanism must be standard, thresholdout or gaussian, got {mechanism!r}")
-    runs = [_one(n, d, ks, signal, mechanism, np.random.default_rng(s)) for s in seeds_for(seed, repeats)]
+    tasks = [(n, d, ks, signal, mechanism, s) for s in seeds_for(seed, repeats)]
+    runs = spread(_one, tasks, executor=executor)
     train, reported, fresh = (np.stack([run[i] for run in runs]) for i in range(3))
     return AttackResult(ks, train, reported, fresh)
 
 
 def _one(
-    n: int, d: int, ks: tuple[int, ...], signal: bool, mechanism: str, rng: np.random.Generator
+    n: int, d: int, ks: tuple[int, ...], signal: bool, mechanism: str, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
     samples = [_sample(n, d, signal, rng) for _ in range(3)]
     correlations = [(y @ x) / n for x, y in samples]
     answered = _answers(correlations[0], correlations[1], n, mechanism, rng)
