@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from theodolite.core.capture import Moments, check_finite
+from theodolite.core.capture import ActivationError, Moments, check_finite
 from theodolite.core.errors import InputError, ModelError
 from theodolite.core.memory import chunk_rows
 from theodolite.core.sections import Sections
@@ -38,6 +38,8 @@ Baseline = Literal["pca", "neuron", "random"]
 BASELINES: tuple[Baseline, ...] = ("pca", "neuron", "random")
 _UNIDENTIFIED = 1e-3
 _PROBES = 128
+AT_ONCE = 8
+"""Backward passes side by side: more of them gain nothing on a CPU and take rows from the chunk."""
 EXACT_OUTPUTS = 256
 """Most output coordinates for which "auto" takes one backward pass each."""
 
@@ -303,7 +305,7 @@ def jacobian_grams(
     rows_seen = 0
     probes: Probes | None = None
     outputs = _outputs(sections, x[:1], first, last, transform)
-    side_by_side = min(outputs, n_probes or _PROBES, 64)
+    side_by_side = min(outputs, n_probes or _PROBES, AT_ONCE)
     for batch, rows in enumerate(batches(sections, x, gradients=side_by_side, batch_size=batch_size, memory=memory)):
         nodes = sections.nodes(x[rows], first=first, last=last, gradients=True)
         with torch.enable_grad():
@@ -318,14 +320,31 @@ def jacobian_grams(
             )
             for total, slope in zip(grams, slopes, strict=True):
                 if slope is not None:
-                    flat = slope.reshape(-1, slope.shape[-1]).to(torch.float64)
-                    total.addmm_(flat.T, flat)
+                    add_gram(total, slope)
+        for name, total in zip(sections.names[first:], grams, strict=False):
+            if not bool(torch.isfinite(total).all()):
+                raise ActivationError(
+                    f"the Jacobian of the output by {name} is not finite in rows {rows.start} to {rows.stop - 1}; look for "
+                    "a square root, logarithm or division at 0 behind it"
+                )
         rows_seen += len(end)
     share = 1 if probes is None or probes.exact else probes.count
     shapes = sections.nodes(x[:1], first=first, last=last)
     return [
         total / (share * rows_seen * math.prod(node.shape[1:-1])) for total, node in zip(grams, shapes, strict=False)
     ]
+
+
+def add_gram(total: Float[Tensor, "d d"], slopes: Float[Tensor, "probe row ... d"]) -> None:
+    """Add sum of g g^T over all rows g of ``slopes`` to ``total``, in float64."""
+    rows = 1
+    if slopes.ndim == 4:  # outputs read at one position leave most others without a gradient
+        live = (slopes != 0).any(dim=3).any(dim=1).any(dim=0)
+        slopes = slopes if bool(live.all()) else slopes[:, :, live]
+    if torch.equal(slopes, slopes[:, :1].expand_as(slopes)):  # before a linear readout all rows have one Jacobian
+        rows, slopes = slopes.shape[1], slopes[:, :1]
+    flat = slopes.reshape(-1, slopes.shape[-1]).to(torch.float64)
+    total.addmm_(flat.T, flat, alpha=rows)
 
 
 def _square(node: Tensor) -> Tensor:
@@ -363,7 +382,7 @@ def edge_strengths(
     """
     before, after = bases[layer], bases[layer + 1]
     total = torch.zeros(after.rank, before.rank, dtype=torch.float64, device=before.C.device)
-    at_once = 64
+    at_once = AT_ONCE
     count, positions = 0, 1
     for batch, rows in enumerate(batches(sections, x, gradients=at_once, batch_size=batch_size, memory=memory)):
         f, g = sections.nodes(x[rows], first=layer, last=layer + 1, gradients=True)

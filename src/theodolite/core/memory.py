@@ -4,13 +4,13 @@ __all__ = ["DEFAULT_BUDGET", "PeakMemory", "bytes_per_row", "chunk_rows", "chunk
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from theodolite.core.errors import InputError
@@ -57,14 +57,14 @@ class _OutputSizes(TorchDispatchMode):
         return out
 
 
-def _output_sizes(model: nn.Module, rows: Tensor) -> list[int]:
+def _output_sizes(model: Callable[[Tensor], object], rows: Tensor) -> list[int]:
     counter = _OutputSizes()
     with torch.no_grad(), counter:
         model(rows)
     return counter.sizes
 
 
-def bytes_per_row(model: nn.Module, row: Tensor, *, gradients: bool) -> float:
+def bytes_per_row(model: Callable[[Tensor], object], row: Tensor, *, gradients: bool) -> float:
     """Bytes that one more row costs in a forward (or forward and backward) pass of ``model``: two rows against one.
 
     row: (1, ...) a batch of one. What does not grow with the batch, such as weights made on the fly, is not counted. With

@@ -73,7 +73,7 @@ class Sections:
     def row_bytes(self, x: Tensor, *, gradients: bool) -> float:
         """Bytes that one more row costs in a pass through all sections."""
         with self._calm(False):
-            return bytes_per_row(_Call(partial(self.run, layer=0)), x[:1], gradients=gradients)
+            return bytes_per_row(partial(self.run, layer=0), x[:1], gradients=gradients)
 
     def check(self, x: Tensor) -> None:
         """Raise SectionError where a section is not a function of each row's node alone (random, mixing rows).
@@ -103,18 +103,6 @@ class Sections:
             if isinstance(function, nn.Module):
                 stack.enter_context(evaluation_mode(function))
         return stack
-
-
-class _Call(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What the function gives."""
-        return self.function(x)
 
 
 class ModuleSections(Sections):

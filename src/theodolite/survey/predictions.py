@@ -80,7 +80,7 @@ def label_geometry(subject: Subject, budget: Budget) -> Finding:
     observed = [classes[i] for i in chosen[0]]
     reach = locus(metric, observed) if len(classes) <= _LARGEST_LOCUS else None
     comparison = Comparison(
-        "relative improvement of the squared label distance over argmax",
+        f"relative improvement of the squared label distance over argmax, {half} of {len(classes)} classes observed",
         mean_of_runs(ours),
         (
             Control("argmax over the observed classes", Estimate.exact(0.0), "null"),
@@ -136,5 +136,7 @@ def _advice(metric: LabelMetric, observed: list[str], reach: Locus | None) -> st
     text = "Replace argmax by theodolite.predictions.label_geometry.FrechetPredictor where labels have distances."
     if reach is None or bool(np.all(reach.reachable)):
         return text
-    (label,) = next_class(metric, observed)
+    label = next(iter(next_class(metric, observed)), None)
+    if label is None:
+        return text
     return f"{text} If {', '.join(observed)} were all that is labelled, label {label} next: it opens up most."

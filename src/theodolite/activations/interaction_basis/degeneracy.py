@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from theodolite.activations._basis import Probes, check_rtol, effective_rank
+from theodolite.activations._basis import AT_ONCE, Probes, add_gram, check_rtol, effective_rank
 from theodolite.core.capture import CaptureError, Moments, check_finite, forward_nodes
 from theodolite.core.errors import InputError
 from theodolite.core.memory import bytes_per_row, chunk_rows
@@ -259,15 +259,14 @@ def degeneracy(
         with torch.enable_grad():
             end = at["output"].reshape(len(at["output"]), -1)
         probes = Probes.choose(jacobian, end.shape[1], n_probes, seed + batch)
-        side_by_side = min(probes.count, 64)
+        side_by_side = min(probes.count, AT_ONCE)
         for vectors in probes.vectors(len(end), end.shape[1], end, side_by_side):
             slopes = torch.autograd.grad(
                 end, [at[name] for name in chosen], vectors, retain_graph=True, is_grads_batched=True, allow_unused=True
             )
             for layer, slope in zip(found, slopes, strict=True):
                 if slope is not None:
-                    flat = slope.reshape(-1, slope.shape[-1]).to(torch.float64)
-                    layer.slopes.addmm_(flat.T, flat)
+                    add_gram(layer.slopes, slope)
         for layer in found:
             layer.add(at[f"{layer.name}:input"], at[layer.name], atol_pattern)
         start, batch = start + size, batch + 1

@@ -22,6 +22,7 @@ __all__ = [
     "adaptation_report",
     "frechet_mean",
     "is_locus_cover",
+    "is_pairwise_decomposable",
     "locus",
     "locus_curve",
     "minimum_locus_cover",
@@ -31,7 +32,13 @@ __all__ = [
     "tree_locus",
 ]
 
-from theodolite.predictions.label_geometry.locus import Locus, is_locus_cover, locus, next_class
+from theodolite.predictions.label_geometry.locus import (
+    Locus,
+    is_locus_cover,
+    is_pairwise_decomposable,
+    locus,
+    next_class,
+)
 from theodolite.predictions.label_geometry.metric import LabelMetric, MetricCheck, random_tree_metric
 from theodolite.predictions.label_geometry.predictor import FrechetHead, FrechetPredictor, frechet_mean
 from theodolite.predictions.label_geometry.report import AdaptationReport, adaptation_report, nearest_observed
