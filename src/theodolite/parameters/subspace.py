@@ -12,7 +12,6 @@ Source: Li, Farkhoor, Liu, Yosinski, 2018, arXiv:1804.08838 (Measuring the Intri
 __all__ = ["IntrinsicDimension", "SubspaceModel", "make_projection", "measure_intrinsic_dimension"]
 
 import copy
-import fnmatch
 import hashlib
 import inspect
 import io
@@ -40,6 +39,7 @@ from theodolite.core.errors import InputError, ModelError
 from theodolite.core.files import write_bytes
 from theodolite.core.parallel import open_pool, spread
 from theodolite.parameters.reparametrization import KINDS, make_projection
+from theodolite.parameters.weights import as_patterns, matches
 
 _SEED_BITS, _FLOAT_BITS = 64, 32
 
@@ -72,7 +72,7 @@ class SubspaceModel(nn.Module):
         exclude: Iterable[str] | None = None,
     ) -> None:
         super().__init__()
-        self._include, self._exclude = _patterns(include), _patterns(exclude)
+        self._include, self._exclude = as_patterns(include), as_patterns(exclude)
         self._names = _trainable_names(module, self._include, self._exclude)
         self._start_seed = torch.initial_seed()  # most often what theta_0 was drawn from; `load` tries it, and checks
         self.module = copy.deepcopy(module)
@@ -261,19 +261,6 @@ def _digest(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _patterns(given: Iterable[str] | str | None) -> list[str] | None:
-    if given is None:
-        return None
-    return [given] if isinstance(given, str) else list(given)
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a pattern fits the parameter or a module that holds it."""
-    parts = name.split(".")
-    holders = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
-    return any(fnmatch.fnmatchcase(holder, pattern) for holder in holders for pattern in patterns)
-
-
 def _trainable_names(module: nn.Module, include: list[str] | None, exclude: list[str] | None) -> list[str]:
     every = dict(module.named_parameters())
     lazy = [name for name, parameter in every.items() if is_lazy(parameter)]
@@ -283,8 +270,8 @@ def _trainable_names(module: nn.Module, include: list[str] | None, exclude: list
         name
         for name, parameter in every.items()
         if parameter.requires_grad
-        and (include is None or _matches(name, include))
-        and not (exclude is not None and _matches(name, exclude))
+        and (include is None or matches(name, include))
+        and not (exclude is not None and matches(name, exclude))
     ]
     if not names:
         closed = "" if any(p.requires_grad for p in every.values()) else ", and none of them requires a gradient"
