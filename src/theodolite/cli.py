@@ -2,6 +2,7 @@
 
 __all__ = ["app", "main"]
 
+import itertools
 import json
 import signal
 import sys
@@ -12,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from theodolite.catalog import CATALOG, SPACES
 from theodolite.commands import Json, Seed, SubjectFlags, parse_duration, subject_flags
@@ -152,11 +153,16 @@ def methods(
         ]
         print(json.dumps(rows, ensure_ascii=False))
         return
-    table = Table("method", "space", "paper", "needs", "claims")
-    for about in chosen:
-        style = "" if about.state == "available" else "dim"
-        claims = str(last_measured(about.slug) or about.state)
-        table.add_row(about.slug, about.space, f"{about.title} ({about.year})", about.needs, claims, style=style)
+    table = Table(
+        Column("method", no_wrap=True, min_width=max(len(about.slug) for about in chosen)), "paper", "needs", "claims"
+    )
+    for name, group in itertools.groupby(chosen, key=lambda about: about.space):
+        table.add_section()
+        table.add_row(f"[bold]{name}[/]", f"[italic]{SPACES[name]}[/]")
+        for about in group:
+            claims = str(last_measured(about.slug) or about.state)
+            style = "" if about.state == "available" else "dim"
+            table.add_row(about.slug, f"{about.title} ({about.year})", about.needs, claims, style=style)
     Console().print(table)
 
 

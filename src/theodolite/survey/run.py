@@ -23,7 +23,10 @@ from theodolite.survey.holdout import account, holdout_of
 from theodolite.survey.plan import Step, make_plan
 
 # What a user's model or the numerics under a chart can raise: told on the page, and the survey goes on.
-_CHART_ERRORS = (TheodoliteError, RuntimeError, ValueError, ArithmeticError, MemoryError, np.linalg.LinAlgError)
+_CHART_ERRORS = (
+    TheodoliteError, RuntimeError, ValueError, ArithmeticError, MemoryError, AttributeError, LookupError, TypeError,
+    np.linalg.LinAlgError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
