@@ -29,6 +29,7 @@ __all__ = [
     "perturbation_curve",
     "recommend",
     "square_patches",
+    "with_options",
 ]
 
 from theodolite.explanations.local_approximation.engine import LocalApproximation, LocalExplanation, SingularFitWarning
@@ -39,7 +40,7 @@ from theodolite.explanations.local_approximation.faithfulness import (
     faithfulness_table,
     recommend,
 )
-from theodolite.explanations.local_approximation.methods import METHODS, attribute
+from theodolite.explanations.local_approximation.methods import METHODS, attribute, with_options
 from theodolite.explanations.local_approximation.neighbourhood import (
     DegenerateNeighbourhoodError,
     Neighbourhood,

@@ -17,15 +17,14 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from theodolite.core.errors import InputError
-from theodolite.core.memory import DEFAULT_BUDGET, chunks
+from theodolite.core.memory import chunks
 from theodolite.explanations.local_approximation.local import LocalFunction
-from theodolite.explanations.local_approximation.neighbourhood import Binary, Draws, Neighbourhood
+from theodolite.explanations.local_approximation.neighbourhood import Draws, Neighbourhood, whole_number
 from theodolite.explanations.local_approximation.solve import (
     FALLBACK_RIDGE,
     LeastSquares,
@@ -48,7 +47,8 @@ class LocalExplanation:
     intercept (n,): of g; a gradient loss leaves a linear g's open, and it is set so that g(x) = f(x). loss (n,): mean of
     what was minimised, on the moves that were fitted (it flatters: see `faithfulness`). r2 (n,): share of the best
     constant's loss that the weights remove. standard_error (n, d): of the weights, from the draws; 0 where every move of
-    the neighbourhood was used. target (n,): the class that was explained. n_evaluations: inputs that went through f.
+    the neighbourhood was used, or only one. target (n,): the class that was explained. n_evaluations: inputs that went
+    through f. method: what was asked.
     """
 
     weights: Float[Tensor, "row feature"]
@@ -97,19 +97,21 @@ class LocalApproximation:
             raise InputError(f"loss must be squared or gradient, got {self.loss!r}")
         if self.surrogate not in ("linear", "logistic"):
             raise InputError(f"surrogate must be linear or logistic, got {self.surrogate!r}")
-        if self.n_samples < 1 or not 0 <= self.ridge < float("inf"):
-            raise InputError(f"need n_samples >= 1 and ridge >= 0, got {self.n_samples} and {self.ridge}")
-        if self._fixes_ends and self.loss == "squared" and (self.surrogate == "logistic" or not self.intercept):
+        whole_number("n_samples", self.n_samples, 1)
+        whole_number("seed", self.seed, 0)
+        if self.memory is not None:
+            whole_number("memory", self.memory, 1)
+        if not 0 <= self.ridge < float("inf"):
+            raise InputError(f"ridge must be at least 0 and finite, got {self.ridge}")
+        linear = self.loss == "squared" and self.surrogate == "linear" and self.intercept
+        if self.neighbourhood.fixes_ends and not linear:
             raise InputError(
-                "the Shapley kernel is infinite at both ends, which only a linear surrogate with an intercept can meet"
+                "the Shapley kernel is infinite at both ends, which only a squared loss and a linear surrogate with an "
+                "intercept can meet; use kernel='exponential' or 'uniform'"
             )
 
-    @property
-    def _fixes_ends(self) -> bool:
-        return isinstance(self.neighbourhood, Binary) and self.neighbourhood.kernel == "shapley"
-
-    def explain(self, f: Any, X: Tensor | np.ndarray, target: Any = None) -> LocalExplanation:
-        """Weights for every row of ``X`` (n, d) or (n, C, H, W).
+    def explain(self, f: Any, X: Any, target: Any = None) -> LocalExplanation:
+        """Weights for every row of ``X`` (n, d) or (n, C, H, W), a tensor or an array.
 
         f: an nn.Module (its class probabilities are explained), a fitted scikit-learn estimator, a callable batch -> (n,)
         or (n, classes), or a `ModelView` (for logits, or a network's regression value). target: class index, one or one
@@ -124,7 +126,7 @@ class LocalApproximation:
         if self.loss == "gradient":
             local.require_gradient()
         else:
-            self._check_samples(draws, d)
+            self._check_samples(draws, d, local.memory)
         if self.loss == "gradient" and self.surrogate == "linear":
             fitted = _mean_gradient(local, draws, self.ridge)
         else:
@@ -135,7 +137,7 @@ class LocalApproximation:
             fitted.standard_error, local.target, local.evaluations, time.perf_counter() - started, self,
         )  # fmt: skip
 
-    def _check_samples(self, draws: Draws, d: int) -> None:
+    def _check_samples(self, draws: Draws, d: int, budget: int) -> None:
         p = d + 1 if self.intercept else d
         if not draws.exact and draws.size < p and self.ridge == 0:
             raise InputError(
@@ -143,7 +145,6 @@ class LocalApproximation:
                 f"n_samples >= {p}, feature groups, or a ridge above 0"
             )
         needed = 8 * (4 * p * p + draws.size * p)
-        budget = DEFAULT_BUDGET if self.memory is None else self.memory
         if needed > budget:
             raise InputError(
                 f"a squared loss with {d} features needs {needed / 2**30:.3g} GiB for its normal matrix, the budget is "
@@ -160,21 +161,32 @@ class _Fitted:
     standard_error: Tensor
 
     @classmethod
-    def empty(cls, n: int, d: int, device: torch.device) -> "_Fitted":
-        def zeros() -> Tensor:
-            return torch.zeros(n, dtype=torch.float64, device=device)
+    def empty(cls, n: int, d: int, draws: Draws, device: torch.device) -> "_Fitted":
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64 if len(shape) == 1 else torch.float32, device=device)
 
-        return cls(torch.zeros(n, d, device=device), zeros(), zeros(), zeros(), torch.zeros(n, d, device=device))
+        # where nothing is left to chance, one 0 stands for all standard errors
+        error = zeros(1, 1).expand(n, d) if draws.exact or draws.size < 2 else zeros(n, d)
+        return cls(zeros(n, d), zeros(n), zeros(n), zeros(n), error)
 
     def put(
-        self, rows: slice, weights: Tensor, intercept: Tensor, loss: Tensor, null: Tensor, variance: Tensor
+        self,
+        rows: slice,
+        weights: Tensor,
+        intercept: Tensor,
+        loss: Tensor,
+        null: Tensor,
+        size: Tensor,
+        variance: Tensor | None,
     ) -> None:
+        """Store some rows; null: loss of the best constant, size: mean square of what was fitted."""
         self.weights[rows], self.intercept[rows], self.loss[rows] = weights.float(), intercept, loss
-        # a loss of 0 is a perfect fit, also of a function that does not change
-        self.r2[rows] = torch.where(
-            null > 0, 1 - loss / null.clamp_min(torch.finfo(null.dtype).tiny), (loss == 0).double()
-        )
-        self.standard_error[rows] = variance.clamp_min(0).sqrt().float()
+        # where f does not change but for rounding, a surrogate that does not either is perfect
+        rounding = 1e-24 * size
+        explained = 1 - loss / null.clamp_min(torch.finfo(null.dtype).tiny)
+        self.r2[rows] = torch.where(null > rounding, explained, (loss <= rounding).double())
+        if variance is not None:
+            self.standard_error[rows] = variance.clamp_min(0).sqrt().float()
 
 
 def move_weights(local: LocalFunction, draws: Draws, rows: slice) -> Float[Tensor, "any move"]:
@@ -184,14 +196,14 @@ def move_weights(local: LocalFunction, draws: Draws, rows: slice) -> Float[Tenso
         spread = local.squared_offset(rows)
         base = base + torch.cat([local.neighbourhood.log_kernel(block.to(spread), spread) for block in draws], dim=1)
     # relative to the largest: far from the baseline all of them are too small for a float
-    return torch.softmax(base.reshape(-1, draws.size), dim=1)
+    return torch.softmax(base if base.ndim == 2 else base[None], dim=1)
 
 
 def _mean_gradient(local: LocalFunction, draws: Draws, ridge: float) -> _Fitted:
     """A linear g under the gradient loss: w is the mean gradient, and the loss is the gradient's variance."""
     n, d = len(local), local.features
-    out = _Fitted.empty(n, d, local.x.device)
-    for rows in chunks(n, 8.0 * (6 * d + 4 * draws.size), local.memory // 8):
+    out = _Fitted.empty(n, d, draws, local.x.device)
+    for rows in chunks(n, 8.0 * (6 * d + 4 * draws.size), local.share(8)):
         weights = move_weights(local, draws, rows)
         size, done = rows.stop - rows.start, 0
         # moments about the first gradient: a variance far below the squared mean keeps its digits
@@ -199,7 +211,7 @@ def _mean_gradient(local: LocalFunction, draws: Draws, ridge: float) -> _Fitted:
         first, second = torch.zeros_like(origin), torch.zeros_like(origin)
         for block in draws:
             chosen = slice(done, done + len(block))
-            for part in chunks(size, 8.0 * 3 * len(block) * d, local.memory // 4):
+            for part in chunks(size, 8.0 * 3 * len(block) * d, local.share(4)):
                 found = local.gradients(slice(rows.start + part.start, rows.start + part.stop), block)
                 if done == 0:
                     origin[part] = found[:, 0].double()
@@ -211,41 +223,42 @@ def _mean_gradient(local: LocalFunction, draws: Draws, ridge: float) -> _Fitted:
         spread = (second - first.square()).clamp_min(0)
         mean = origin + first
         w = mean / (1 + ridge)
-        concentration = weights.square().sum(dim=1, keepdim=True)
-        known = draws.exact or draws.size < 2
-        variance = torch.zeros_like(spread) if known else spread * concentration / (1 - concentration).clamp_min(1e-12)
+        variance = None
+        if not draws.exact and draws.size > 1:
+            concentration = weights.square().sum(dim=1, keepdim=True)
+            variance = spread * concentration / (1 - concentration).clamp_min(1e-12)
         loss = (spread + (mean - w).square()).sum(dim=1)
         null = (spread + mean.square()).sum(dim=1)
-        out.put(rows, w, local.intercept_through_x(w, rows), loss, null, variance)
+        out.put(rows, w, local.intercept_for(w, local.anchor[rows], rows), loss, null, null, variance)
     return out
 
 
 def _fit(method: LocalApproximation, local: LocalFunction, draws: Draws) -> _Fitted:
     """A squared loss, or a logistic g: from the model's values (or gradients) at all moves of some rows at a time."""
     n, d, m, gradient = len(local), local.features, draws.size, method.loss == "gradient"
-    out = _Fitted.empty(n, d, local.x.device)
+    out = _Fitted.empty(n, d, draws, local.x.device)
     moves = draws.all().to(local.x)
     singular: list[int] = []
-    for rows in chunks(n, 8.0 * (8 * m + 6 * (d + 1) ** 2 + gradient * 4 * m * d), local.memory // 4):
+    for rows in chunks(n, 8.0 * (8 * m + 6 * (d + 1) ** 2 + gradient * 4 * m * d), local.share(4)):
         weights = move_weights(local, draws, rows)
         if gradient:
             target = local.gradients(rows, moves).double()
             tangent = (weights[..., None] * target).sum(dim=1)
-            null = _mean_square(weights, target.square().sum(dim=2).sqrt())
+            size = null = _mean_square(weights, target.square().sum(dim=2).sqrt())
         else:
             target = local.values(rows, moves)
             linear = _linear(method, local, draws, rows, moves, weights, target)
             singular += (linear.singular.nonzero().ravel() + rows.start).tolist()
             tangent = linear.weights
             middle = (weights * target).sum(dim=1, keepdim=True) if method.intercept else 0.0
-            null = _mean_square(weights, target - middle)
+            size, null = _mean_square(weights, target), _mean_square(weights, target - middle)
             if method.surrogate == "linear":
                 residual = target - tangent @ moves.double().T - linear.intercept[:, None]
                 fitted = tangent, linear.intercept, _mean_square(weights, residual), linear.variance
         if method.surrogate == "logistic":
             fitted = _logistic(method, local, rows, moves, weights, target, tangent, exact=draws.exact)
         w, b, loss, variance = fitted
-        out.put(rows, w, b, loss, null, torch.zeros_like(w) if draws.exact else variance)
+        out.put(rows, w, b, loss, null, size, None if draws.exact or draws.size < 2 else variance)
     if singular:
         shown = f"{singular[:10]}{' and more' if len(singular) > 10 else ''}"
         warnings.warn(
@@ -271,8 +284,8 @@ def _linear(
     weights: Tensor,
     values: Tensor,
 ) -> LeastSquares:
-    options = {"ridge": method.ridge, "cluster": draws.cluster, "memory": local.memory // 4}
-    if isinstance(local.neighbourhood, Binary) and local.neighbourhood.kernel == "shapley":
+    options = {"ridge": method.ridge, "cluster": draws.cluster, "listed": draws.listed, "memory": local.share(4)}
+    if local.neighbourhood.fixes_ends:
         at_zero = local.values(rows, torch.zeros_like(moves[:1]))[:, 0]
         return least_squares_with_ends(moves, values, weights, at_zero, local.anchor[rows], **options)
     return least_squares(moves, values, weights, intercept=method.intercept, **options)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from theodolite.core.errors import DataError, InputError, ModelError
-from theodolite.core.memory import DEFAULT_BUDGET, bytes_per_row, chunk_rows
+from theodolite.core.memory import DEFAULT_BUDGET, bytes_per_row, chunk_rows, chunks
 from theodolite.core.view import ModelView, evaluation_mode
 from theodolite.explanations.local_approximation.neighbourhood import (
     DegenerateNeighbourhoodError,
@@ -20,6 +20,7 @@ from theodolite.explanations.local_approximation.neighbourhood import (
     NotDifferentiableError,
     OneHot,
     group_index,
+    whole_number,
 )
 
 _MAX_ROWS = 200_000
@@ -33,15 +34,16 @@ class LocalFunction:
     target: class index, one or one for each row; None is the predicted class of each row.
     """
 
-    def __init__(
-        self, f: Any, X: Tensor | np.ndarray, target: Any, neighbourhood: Neighbourhood, *, memory: int | None = None
-    ) -> None:
+    def __init__(self, f: Any, X: Any, target: Any, neighbourhood: Neighbourhood, *, memory: int | None = None) -> None:
         self.memory = DEFAULT_BUDGET if memory is None else memory
+        whole_number("memory", self.memory, 1)
         self.neighbourhood = neighbourhood
-        self.view = view_of(f, self.memory // 2)
+        self.view = view_of(f)
         x = _checked_rows(X, self.view)
         self.shape = tuple(x.shape)
         self.x = x.reshape(len(x), -1)
+        last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        self._format = torch.channels_last if last else torch.contiguous_format  # f may be faster in the one X has
         self.index = (
             None if neighbourhood.groups is None else group_index(neighbourhood.groups, self.shape).to(x.device)
         )
@@ -49,25 +51,22 @@ class LocalFunction:
         baseline = getattr(neighbourhood, "baseline", 0.0)
         self.baselines = _baselines(baseline, x) if neighbourhood.multiplicative else self.x[:1]
         self._cost: dict[bool, float] = {}
-        scores = self.view(x)
-        if scores.ndim != 2 or len(scores) != len(x):
-            raise ModelError(f"f must give (n,) or (n, classes) scores, got {tuple(scores.shape)} for {len(x)} rows")
-        given = None if target is None else torch.as_tensor(target, device=scores.device)
-        if given is not None and (given.is_floating_point() or given.dtype == torch.bool):
-            raise InputError(f"target must be a class index (an integer), got {target}")
-        if given is not None and given.ndim == 0:
-            given = given.expand(len(x))
-        self.target = self.view.targets(x, given, scores)
+        scores = self._scores(x)
+        self.target = self.view.targets(x, _class_index(target, scores.device), scores)
         self.anchor = _finite(scores.gather(1, self.target[:, None])[:, 0].double(), "f at X")
         self.evaluations = len(x)
         if neighbourhood.multiplicative:
-            same = [(self.x == baseline).all(dim=1) for baseline in self.baselines] if len(self.baselines) == 1 else []
-            stuck = same[0].nonzero().ravel().tolist() if same else []
+            moved = torch.stack([(self.x != one).any(dim=1) for one in self.baselines])
+            stuck = (~moved.any(dim=0)).nonzero().ravel().tolist()
             if stuck:
                 raise DegenerateNeighbourhoodError(
                     f"rows {stuck[:10]} equal the baseline in every coordinate, so no feature can be switched off; "
                     "choose another baseline, or an additive neighbourhood (Neighbourhood.gaussian)"
                 )
+
+    def share(self, parts: int) -> int:
+        """One of so many equal parts of the memory, in bytes."""
+        return max(1, self.memory // parts)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -79,10 +78,6 @@ class LocalFunction:
         total = (self.x[rows].double() - mean).square() + spread
         return self._to_features(total[:, None], rows)[:, 0]
 
-    def offset(self) -> Float[Tensor, "row entry"]:
-        """x minus the (mean) baseline."""
-        return self.x - self.baselines.mean(dim=0)
-
     def require_gradient(self) -> None:
         """Raise NotDifferentiableError unless f has a gradient."""
         message = (
@@ -91,10 +86,12 @@ class LocalFunction:
         )
         if not self.view.differentiable:
             raise NotDifferentiableError(message)
+        if torch.is_inference_mode_enabled():
+            raise NotDifferentiableError("torch.inference_mode() is on, so f cannot be differentiated; call outside it")
         with torch.enable_grad(), self._mode():
-            row = self.x[:1].reshape(1, *self.shape[1:]).detach().clone().requires_grad_(True)
+            row = self._inputs(self.x[:1]).detach().clone().requires_grad_(True)
             try:  # the same call went through without gradients, so what fails here fails because of them
-                scores = self.view.apply(row)
+                scores = self.view.apply(row.clone())
             except RuntimeError as error:
                 raise NotDifferentiableError(message) from error
         if not scores.requires_grad:
@@ -120,53 +117,65 @@ class LocalFunction:
         for part, of_moves, points, offset in self._points(rows, moves, gradients=True):
             with torch.enable_grad(), self._mode():
                 points.requires_grad_(True)
-                (slope,) = torch.autograd.grad(self._picked(points, part).sum(), points, materialize_grads=True)
+                # a copy, since f may write into what it is given
+                scores = self._picked(points.clone(), part)
+                (slope,) = torch.autograd.grad(scores.sum(), points, materialize_grads=True)
             if offset is not None:
-                slope = slope.mul_(offset)
+                slope = slope * offset
             _add(out[_shifted(part, rows)], of_moves, self._to_features(slope, part) / len(self.baselines))
         return _finite(out, "the gradient of f near X")
 
-    def slopes(self, weights: Tensor, standard_error: Tensor) -> Float[Tensor, "row entry"]:
+    def same_coordinates(self, other: "LocalFunction") -> bool:
+        """Whether a weight means the same change of the input here and in ``other``, which has the same rows."""
+        if not (self.neighbourhood.multiplicative and other.neighbourhood.multiplicative):
+            return False
+        if (self.index is None) != (other.index is None) or not torch.equal(self.baselines, other.baselines):
+            return False
+        return self.index is None or other.index is None or torch.equal(self.index, other.index)
+
+    def slopes(self, weights: Tensor, standard_error: Tensor, rows: slice) -> Float[Tensor, "row entry"]:
         """Slope per entry of the input that weights of this neighbourhood stand for (least norm within a group).
 
         A multiplicative weight is the change over the whole way from baseline to input. Where the two are equal it says
-        nothing about the slope, and near there its sampling noise would be blown up: weights within three standard errors
-        of 0 count as slope 0.
+        nothing about the slope, and near there its sampling noise would be blown up: such weights within three standard
+        errors of 0 count as slope 0.
         """
-        weights = torch.where(weights.abs() > 3 * standard_error, weights.double(), 0.0)
         if self.neighbourhood.multiplicative:
-            offset = self.offset().double()
-            length = self._to_features(offset.square()[:, None])[:, 0]
+            weights = torch.where(weights.abs() > 3 * standard_error, weights, 0.0)
+            offset = self._offset(rows)
+            length = self._to_features(offset.square()[:, None], rows)[:, 0]
             share = torch.where(length > 0, weights / length.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
-            return self._to_entries(share) * offset
-        members = self._to_features(torch.ones_like(self.x, dtype=torch.float64)[:, None])[:, 0]
-        return self._to_entries(weights / members.clamp_min(1))
+            return self._to_entries(share[:, None], rows)[:, 0] * offset
+        ones = torch.ones_like(self.x[rows], dtype=torch.float64)
+        members = self._to_features(ones[:, None], rows)[:, 0]
+        return self._to_entries((weights / members.clamp_min(1))[:, None], rows)[:, 0]
 
-    def from_slopes(self, slopes: Tensor, at_x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and intercept in this neighbourhood's coordinates of the plane with these slopes and value at x."""
-        if not self.neighbourhood.multiplicative:
-            return self._to_features(slopes[:, None])[:, 0], at_x
-        weights = self._to_features((slopes * self.offset())[:, None])[:, 0]
-        return weights, self.anchor - at_x if isinstance(self.neighbourhood, OneHot) else at_x - weights.sum(dim=1)
+    def weights_of(self, slopes: Tensor, rows: slice) -> Float[Tensor, "row feature"]:
+        """The plane with these slopes per entry, in the coordinates of this neighbourhood."""
+        change = slopes * self._offset(rows) if self.neighbourhood.multiplicative else slopes
+        return self._to_features(change[:, None], rows)[:, 0]
 
-    def intercept_through_x(self, weights: Tensor, rows: slice) -> Float[Tensor, " row"]:
-        """The intercept with which a linear g agrees with f at x."""
-        anchor = self.anchor[rows]
+    def intercept_for(self, weights: Tensor, at_x: Tensor, rows: slice) -> Float[Tensor, " row"]:
+        """The intercept with which a linear g says ``at_x`` at x."""
         if isinstance(self.neighbourhood, OneHot):
-            return torch.zeros_like(anchor)
-        return anchor - weights.sum(dim=1) if self.neighbourhood.multiplicative else anchor
+            return self.anchor[rows] - at_x
+        return at_x - weights.sum(dim=1) if self.neighbourhood.multiplicative else at_x
 
     def at_x(self, weights: Tensor, intercept: Tensor) -> Float[Tensor, " row"]:
-        """What a linear g with this intercept says at x."""
+        """What a linear g of all rows with this intercept says at x."""
         if isinstance(self.neighbourhood, OneHot):
             return self.anchor - intercept
         return intercept + weights.sum(dim=1) if self.neighbourhood.multiplicative else intercept
+
+    def _offset(self, rows: slice) -> Float[Tensor, "row entry"]:
+        """x minus the (mean) baseline."""
+        return self.x[rows].double() - self.baselines.double().mean(dim=0)
 
     def _points(self, rows: slice, moves: Tensor, *, gradients: bool) -> Iterator[tuple[slice, Tensor, Tensor, Any]]:
         """Moved inputs in batches that fit the memory: (rows, number of the move, inputs (rows, moves, entries), x - b0)."""
         first, last, _ = rows.indices(len(self.x))
         m, many = moves.shape[-2], len(self.baselines)
-        limit = chunk_rows(self._row_cost(gradients), self.memory // 2, at_most=_MAX_ROWS)
+        limit = chunk_rows(self._row_cost(gradients), self._batch_bytes(), at_most=_MAX_ROWS)
         variants = m * many
         per_rows, per_variants = (limit // variants, variants) if variants <= limit else (1, limit)
         for start in range(first, last, per_rows):
@@ -188,8 +197,12 @@ class LocalFunction:
     def _picked(self, points: Tensor, part: slice) -> Tensor:
         """Scores (rows, moves) of each row's target."""
         r, m = points.shape[:2]
-        scores = self.view.apply(points.reshape(r * m, *self.shape[1:]))
+        scores = self.view.apply(self._inputs(points))
         return scores.reshape(r, m, -1).gather(2, self.target[part, None, None].expand(r, m, 1))[..., 0]
+
+    def _inputs(self, points: Tensor) -> Float[Tensor, "input ..."]:
+        """(..., entries) -> as many inputs, in the shape and the memory format of X."""
+        return points.reshape(-1, *self.shape[1:]).contiguous(memory_format=self._format)
 
     def _to_entries(self, of_features: Tensor, part: slice = slice(None)) -> Tensor:
         """(..., features) -> (..., entries): every entry has the value of its feature."""
@@ -198,8 +211,6 @@ class LocalFunction:
         if len(self.index) == 1:
             return of_features[..., self.index[0]]
         index = self.index[part]
-        if of_features.ndim == 2 and len(of_features) == len(self.x) and part == slice(None):
-            return of_features.gather(1, index)
         own = of_features if of_features.ndim == 3 else of_features[None].expand(len(index), -1, -1)
         return own.gather(2, index[:, None].expand(-1, own.shape[1], -1))
 
@@ -211,15 +222,31 @@ class LocalFunction:
         out = of_entries.new_zeros(*of_entries.shape[:2], self.features)
         return out.scatter_add_(2, index, of_entries)
 
+    def _scores(self, x: Tensor) -> Float[Tensor, "row output"]:
+        """Scores of the rows themselves. A failure here is of f or of the shape of X, and is said in those words."""
+        found = []
+        with torch.no_grad(), self._mode():
+            try:
+                for part in chunks(len(x), self._row_cost(gradients=False), self._batch_bytes()):
+                    found.append(self.view.apply(x[part].clone()))  # f may write into what it is given
+            except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+                raise ModelError(f"f failed on rows of shape {tuple(x.shape[1:])}: {error}") from error
+        shapes = {tuple(part.shape) for part in found}
+        if any(len(shape) != 2 for shape in shapes) or sum(len(part) for part in found) != len(x):
+            raise ModelError(f"f must give (n,) or (n, classes) scores, got {sorted(shapes)} for {len(x)} rows")
+        return torch.cat(found)
+
+    def _batch_bytes(self) -> int:
+        """Memory for one call of f. On a CPU small batches are as fast, and large ones spend their time on fresh pages."""
+        return self.share(8 if self.x.device.type == "cpu" else 2)
+
     def _row_cost(self, gradients: bool) -> float:
         if gradients not in self._cost:
-            row = self.x[:1].reshape(1, *self.shape[1:])
-            moving = 4 * row.numel() * row.element_size()
-            if self.view.is_module:
+            row = self._inputs(self.x[:1])
+            moving = 4 * row.numel() * row.element_size() + 64 * row.numel()
+            if not self.view.is_estimator:
                 with self._mode():
-                    moving += bytes_per_row(self.view.model, row, gradients=gradients)
-            else:
-                moving += 64 * row.numel()
+                    moving += bytes_per_row(_Scores(self.view), row.clone(), gradients=gradients)
             self._cost[gradients] = moving
         return self._cost[gradients]
 
@@ -227,25 +254,45 @@ class LocalFunction:
         return evaluation_mode(self.view.model) if self.view.is_module else nullcontext()
 
 
-def view_of(f: Any, memory: int | None = None) -> ModelView:
+class _Scores(nn.Module):
+    """The scores of a view, as the module whose memory can be measured."""
+
+    def __init__(self, view: ModelView) -> None:
+        super().__init__()
+        self.view = view
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.view.apply(x)
+
+
+def view_of(f: Any) -> ModelView:
     """A view of ``f`` whose numbers are what is explained."""
     if isinstance(f, ModelView):
         return f
     if isinstance(f, nn.Module):
-        return ModelView(f, output="probability", memory=memory)
+        return ModelView(f, output="probability")
     if hasattr(f, "predict") and not isinstance(f, type):
-        return ModelView(f, output="probability" if hasattr(f, "predict_proba") else "value", memory=memory)
-    if not callable(f):
-        raise ModelError(f"f must be an nn.Module, a fitted estimator or a callable, got {type(f).__name__}")
-    return ModelView(_tensor_valued(f), output="raw", memory=memory)
+        return ModelView(f, output="probability" if hasattr(f, "predict_proba") else "value")
+    if not callable(f) or isinstance(f, type):
+        raise ModelError(f"f must be an nn.Module, a fitted estimator or a callable, got {f!r}")
+    return ModelView(_tensor_valued(f), output="raw")
 
 
 def _tensor_valued(f: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
-    return lambda x: torch.as_tensor(f(x), device=x.device)
+    def scores(x: Tensor) -> Tensor:
+        out = torch.as_tensor(f(x), device=x.device)
+        if out.ndim not in (1, 2):
+            raise ModelError(f"f must give (n,) or (n, classes) scores, got {tuple(out.shape)} for {len(x)} rows")
+        return out
+
+    return scores
 
 
-def _checked_rows(X: Tensor | np.ndarray, view: ModelView) -> Tensor:
-    x = torch.as_tensor(X).detach()
+def _checked_rows(X: Any, view: ModelView) -> Tensor:
+    try:
+        x = X.detach() if isinstance(X, Tensor) else torch.as_tensor(_numbers(np.asarray(X)))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"X must be an array of numbers, (n, d) or (n, channels, height, width): {error}") from error
     if x.ndim < 2 or x.numel() == 0:
         raise DataError(f"X must be (n, d) or (n, channels, height, width) with at least one row, got {tuple(x.shape)}")
     if x.is_complex():
@@ -259,9 +306,33 @@ def _checked_rows(X: Tensor | np.ndarray, view: ModelView) -> Tensor:
     return x if weight is None else x.to(weight)
 
 
+def _numbers(values: np.ndarray) -> np.ndarray:
+    """Numbers that a table keeps as objects, as floats; text is refused."""
+    if values.dtype.kind in "USO" and any(isinstance(value, str) for value in values.ravel()):
+        raise TypeError("it has text in it")
+    if values.dtype.kind == "O":
+        return values.astype(np.float64)
+    return values if values.flags.writeable else values.copy()
+
+
+def _class_index(target: Any, device: torch.device) -> Tensor | int | None:
+    if target is None:
+        return None
+    try:
+        given = torch.as_tensor(target, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"target must be a class index, one or one per row, got {target!r}") from error
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool or given.ndim > 1:
+        raise InputError(f"target must be a class index (an integer), one or one per row, got {target!r}")
+    return int(given) if given.ndim == 0 else given.long()
+
+
 def _baselines(baseline: Any, x: Tensor) -> Tensor:
     """(m, entries): one baseline, or the background set."""
-    given = torch.as_tensor(baseline, dtype=x.dtype, device=x.device)
+    try:
+        given = torch.as_tensor(baseline, device=x.device).to(x.dtype)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"baseline must be numbers, got {baseline!r}") from error
     one = tuple(x.shape[1:])
     if given.ndim == x.ndim and given.shape[1:] == x.shape[1:] and len(given):
         out = given.reshape(len(given), -1)

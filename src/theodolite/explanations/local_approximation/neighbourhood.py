@@ -14,9 +14,11 @@ __all__ = [
     "Neighbourhood",
     "NotDifferentiableError",
     "square_patches",
+    "whole_number",
 ]
 
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -47,7 +49,8 @@ class Draws:
     """Moves of a neighbourhood in blocks that are drawn again, the same, each time they are iterated over.
 
     size: number of moves. exact: they are the whole distribution (or a quadrature of it), so nothing is left to chance.
-    log_weight: (size,) of each move, on top of what depends on the input. cluster: moves in a row that depend on each other.
+    log_weight: (size,) of each move, on top of what depends on the input. listed: how many of the first moves are not
+    drawn but all of their kind. cluster: of the others, moves in a row that depend on each other.
     """
 
     size: int
@@ -55,6 +58,7 @@ class Draws:
     blocks: Callable[[], Iterator[Tensor]]
     log_weight: Float[Tensor, " move"]
     cluster: int = 1
+    listed: int = 0
 
     def __iter__(self) -> Iterator[Tensor]:
         return self.blocks()
@@ -85,7 +89,8 @@ class Neighbourhood:
     def __post_init__(self) -> None:
         if self.groups is not None:
             groups = torch.as_tensor(self.groups)
-            if groups.is_floating_point() or groups.numel() == 0 or int(groups.min()) < 0:
+            integers = groups.dtype != torch.bool and not groups.is_floating_point()
+            if not integers or groups.numel() == 0 or int(groups.min()) < 0:
                 raise InputError("groups must be integers 0..k-1 that number the features")
             missing = int(groups.max()) + 1 - len(groups.unique())
             if missing:
@@ -106,6 +111,11 @@ class Neighbourhood:
         """Whether the weight of a move depends on the input (`log_kernel`)."""
         return False
 
+    @property
+    def fixes_ends(self) -> bool:
+        """Whether the weight is infinite at z = 0 and z = 1, so that g is given there."""
+        return False
+
     def log_kernel(self, moves: Tensor, spread: Tensor) -> Float[Tensor, "row move"]:
         """That part of the log-weight; spread: (rows, features) squared distance to the baseline."""
         return torch.zeros(len(spread), len(moves), dtype=spread.dtype, device=spread.device)
@@ -114,7 +124,7 @@ class Neighbourhood:
     def binary(
         kernel: str = "exponential",
         width: float = 1.0,
-        baseline: float | Array = 0.0,
+        baseline: Any = 0.0,
         enumerate: bool | str = "auto",
         *,
         groups: Array | None = None,
@@ -124,7 +134,7 @@ class Neighbourhood:
         kernel: "exponential" weighs a move by exp(-||x - x_z||^2 / width^2), which is captum's Lime kernel
         exp(-||x - x_z||^2 / (2 w^2)) with width = sqrt(2) w; "shapley" by (d - 1) / (C(d, s) s (d - s)) with s features kept,
         infinite at s = 0 and s = d; "uniform" all alike. enumerate: use all 2^d moves; "auto" where they are no more
-        than the samples asked for.
+        than the samples asked for. Otherwise moves are drawn; for the Shapley kernel the sizes that fit are listed whole.
 
         >>> Neighbourhood.binary(width=0)
         Traceback (most recent call last):
@@ -141,7 +151,7 @@ class Neighbourhood:
     def path(
         low: float = 0.0,
         high: float = 1.0,
-        baseline: float | Array = 0.0,
+        baseline: Any = 0.0,
         nodes: int = 64,
         quadrature: str = "gauss",
         *,
@@ -154,7 +164,7 @@ class Neighbourhood:
         return Path(low=low, high=high, baseline=baseline, nodes=nodes, quadrature=quadrature, groups=groups)
 
     @staticmethod
-    def one_hot(baseline: float | Array = 0.0, *, groups: Array | None = None) -> "OneHot":
+    def one_hot(baseline: Any = 0.0, *, groups: Array | None = None) -> "OneHot":
         """One feature at a time is set to the baseline; the target is the change f(x) - f(x without that feature)."""
         return OneHot(baseline=baseline, groups=groups)
 
@@ -173,7 +183,7 @@ class Binary(Neighbourhood):
 
     kernel: str = "exponential"
     width: float = 1.0
-    baseline: float | Array = 0.0
+    baseline: Any = 0.0
     enumerate: bool | str = "auto"
 
     name: ClassVar[str] = "binary"
@@ -181,12 +191,11 @@ class Binary(Neighbourhood):
     def _check(self) -> None:
         _one_of("kernel", self.kernel, ("exponential", "shapley", "uniform"))
         _above_zero("width", self.width)
-        if self.enumerate not in (True, False, "auto"):
+        if not isinstance(self.enumerate, bool) and self.enumerate != "auto":
             raise InputError(f"enumerate must be True, False or 'auto', got {self.enumerate!r}")
 
     @property
     def fixes_ends(self) -> bool:
-        """Whether the kernel is infinite at z = 0 and z = 1, so that g is given there."""
         return self.kernel == "shapley"
 
     def draws(self, features: int, n_samples: int, *, seed: int, stream: int = 0) -> Draws:
@@ -199,30 +208,57 @@ class Binary(Neighbourhood):
             return self._every_move(d)
         if not self.fixes_ends:
             return _drawn(lambda g, m: torch.randint(2, (m, d), generator=g).float(), d, n_samples, seed, stream)
-        # sizes drawn from the kernel's own law leave all weights equal; a draw and its complement halve the noise
-        sizes = torch.arange(1, d)
-        law = 1.0 / (sizes * (d - sizes)).double()
+        if d == 1:
+            return self._every_move(d)
+        return self._subsets(d, n_samples, seed, stream)
+
+    def _subsets(self, d: int, n_samples: int, seed: int, stream: int) -> Draws:
+        """The smallest and the largest subsets as far as the samples reach, and draws of the others, both as the kernel has it.
+
+        Sizes drawn from the kernel's own law leave all weights of the draws equal; a draw and its complement halve the noise.
+        """
+        law = [0.0, *(1 / (size * (d - size)) for size in range(1, d))]  # weight of all subsets of a size together
+        open_, listed, left = sum(law), [], n_samples
+        for size in range(1, (d + 1) // 2):
+            both = 2 * law[size]
+            if 2 * math.comb(d, size) > left * both / open_:
+                break
+            listed += [size, d - size]
+            left, open_ = left - 2 * math.comb(d, size), open_ - both
+        if len(listed) == d - 1:
+            return self._every_move(d)
+        sizes = torch.tensor([size for size in range(1, d) if size not in listed])
+        share = torch.tensor([law[size] for size in sizes.tolist()], dtype=torch.float64)
 
         def pairs(generator: torch.Generator, m: int) -> Tensor:
-            kept = sizes[torch.multinomial(law, m // 2, replacement=True, generator=generator)]
+            kept = sizes[torch.multinomial(share, m // 2, replacement=True, generator=generator)]
             order = torch.rand(m // 2, d, generator=generator).argsort(dim=1).argsort(dim=1)
             first = (order < kept[:, None]).float()
             return torch.stack([first, 1 - first], dim=1).reshape(m, d)
 
-        return _drawn(pairs, d, n_samples + n_samples % 2, seed, stream, cluster=2)
+        drawn = _drawn(pairs, d, max(2, left + left % 2), seed, stream, cluster=2)
+        weight = [law[size] / math.comb(d, size) for size in listed for _ in range(math.comb(d, size))]
+        weight += [open_ / drawn.size] * drawn.size
+
+        def blocks() -> Iterator[Tensor]:
+            for size in listed:
+                yield _of_size(d, size)
+            yield from drawn
+
+        log_weight = torch.tensor(weight, dtype=torch.float64).log()
+        return Draws(len(weight), False, blocks, log_weight, cluster=2, listed=len(weight) - drawn.size)
 
     def _every_move(self, d: int) -> Draws:
         codes = torch.arange(2**d)
         if self.fixes_ends:
-            codes = codes[1:-1]
-        size = len(codes)
-        log_weight = torch.zeros(size, dtype=torch.float64)
-        if self.fixes_ends and size:
+            codes = codes[1:-1] if d > 1 else codes[1:]  # a single feature has nothing between the ends: x stands in
+        log_weight = torch.zeros(len(codes), dtype=torch.float64)
+        if self.fixes_ends and d > 1:
             kept = _bits(codes, d).sum(dim=1).double()
             choose = torch.lgamma(torch.tensor(d + 1.0)) - torch.lgamma(kept + 1) - torch.lgamma(d - kept + 1)
             log_weight = math.log(d - 1) - choose - torch.log(kept * (d - kept))
         block = max(1, _BLOCK_NUMBERS // d)
-        return Draws(size, True, lambda: (_bits(part, d) for part in codes.split(block)), log_weight)
+        return Draws(len(codes), True, lambda: (_bits(part, d) for part in codes.split(block)), log_weight)
 
     @property
     def weighs_inputs(self) -> bool:
@@ -256,7 +292,7 @@ class Path(Neighbourhood):
 
     low: float = 0.0
     high: float = 1.0
-    baseline: float | Array = 0.0
+    baseline: Any = 0.0
     nodes: int = 64
     quadrature: str = "gauss"
 
@@ -265,10 +301,9 @@ class Path(Neighbourhood):
 
     def _check(self) -> None:
         _one_of("quadrature", self.quadrature, ("gauss", "monte-carlo"))
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            raise InputError(f"need low < high, got low={self.low}, high={self.high}")
-        if self.nodes < 1:
-            raise InputError(f"nodes must be at least 1, got {self.nodes}")
+        if not (_finite(self.low) and _finite(self.high) and self.low < self.high):
+            raise InputError(f"need low < high, two finite numbers; got low={self.low!r}, high={self.high!r}")
+        whole_number("nodes", self.nodes, 1)
 
     def draws(self, features: int, n_samples: int, *, seed: int, stream: int = 0) -> Draws:
         length = self.high - self.low
@@ -292,7 +327,7 @@ class Path(Neighbourhood):
 class OneHot(Neighbourhood):
     """See `Neighbourhood.one_hot`. Its moves are xi = e_j; the model is evaluated at z = 1 - xi."""
 
-    baseline: float | Array = 0.0
+    baseline: Any = 0.0
 
     name: ClassVar[str] = "one-hot"
 
@@ -334,6 +369,13 @@ def _bits(codes: Tensor, d: int) -> Tensor:
     return ((codes[:, None] >> torch.arange(d)) & 1).float()
 
 
+def _of_size(d: int, size: int) -> Float[Tensor, "subset feature"]:
+    """All subsets of d features that have this size."""
+    chosen = torch.combinations(torch.arange(d), min(size, d - size))
+    few = torch.zeros(len(chosen), d).scatter_(1, chosen, 1.0)
+    return few if 2 * size <= d else 1 - few
+
+
 def _drawn(
     draw: Callable[[torch.Generator, int], Tensor], features: int, n: int, seed: int, stream: int, cluster: int = 1
 ) -> Draws:
@@ -348,11 +390,21 @@ def _drawn(
     return Draws(n, False, blocks, torch.zeros(n, dtype=torch.float64), cluster)
 
 
+def whole_number(name: str, value: object, least: int) -> None:
+    """Raise InputError unless ``value`` is an integer of at least ``least``."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
-def _above_zero(name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise InputError(f"{name} must be above 0 and finite, got {value}")
+def _finite(value: object) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+def _above_zero(name: str, value: Any) -> None:
+    if not (_finite(value) and value > 0):
+        raise InputError(f"{name} must be above 0 and finite, got {value!r}")

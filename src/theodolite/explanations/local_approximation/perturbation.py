@@ -7,9 +7,9 @@ Lower is better for the bottom-k (what is called unimportant should not matter),
 Source: Han, Srinivas, Lakkaraju, 2022, arXiv:2206.01254 (Section 5.2).
 """
 
-__all__ = ["PerturbationCurve", "perturbation_curve"]
+__all__ = ["KS", "PerturbationCurve", "perturbation_curve"]
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,10 @@ from torch import Tensor
 from theodolite.core.errors import InputError
 from theodolite.core.memory import chunks
 from theodolite.explanations.local_approximation.local import LocalFunction
-from theodolite.explanations.local_approximation.neighbourhood import Array, Neighbourhood
+from theodolite.explanations.local_approximation.neighbourhood import Array, Neighbourhood, whole_number
+
+KS = range(1, 12)
+"""Numbers of disturbed features in the paper; where there are fewer features, up to all of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,15 +57,15 @@ class PerturbationCurve:
 
 def perturbation_curve(
     f: Any,
-    X: Tensor | np.ndarray,
-    weights: Tensor | np.ndarray,
+    X: Any,
+    weights: Any,
     kind: str = "binary",
     end: str = "bottom",
-    ks: Iterable[int] = range(1, 12),
+    ks: Iterable[Any] = KS,
     sigma: float = 0.1,
     draws: int = 100,
     *,
-    baseline: float | Array = 0.0,
+    baseline: Any = 0.0,
     groups: Array | None = None,
     target: Any = None,
     seed: int = 0,
@@ -71,16 +74,17 @@ def perturbation_curve(
     """How the score of each row's target changes when its k lowest or highest ranked features are disturbed.
 
     weights: (n, d), ranked by |w|, ties by position. kind: "binary" sets features to ``baseline``, "gaussian" adds
-    N(0, sigma^2) noise, ``draws`` times. end: "bottom" or "top". The control is the same call with random weights.
+    N(0, sigma^2) noise, ``draws`` times. end: "bottom" or "top". ks: numbers of features; the default stops at d. The
+    control is the same call with the weights of each row shuffled.
 
     >>> plane = lambda x: x @ torch.tensor([3.0, 1.0])
-    >>> perturbation_curve(plane, torch.ones(1, 2), torch.tensor([[3.0, 1.0]]), ks=[1, 2]).mean
+    >>> perturbation_curve(plane, torch.ones(1, 2), torch.tensor([[3.0, 1.0]])).mean
     tensor([1., 4.])
     """
     if kind not in ("binary", "gaussian") or end not in ("bottom", "top"):
         raise InputError(f"kind must be binary or gaussian and end bottom or top, got {kind!r} and {end!r}")
-    if draws < 1:
-        raise InputError(f"draws must be at least 1, got {draws}")
+    whole_number("draws", draws, 1)
+    whole_number("seed", seed, 0)
     binary = kind == "binary"
     around = (
         Neighbourhood.binary("uniform", baseline=baseline, groups=groups)
@@ -88,22 +92,31 @@ def perturbation_curve(
         else Neighbourhood.gaussian(sigma, groups=groups)
     )
     local = LocalFunction(f, X, target, around, memory=memory)
-    d, counts = local.features, tuple(int(k) for k in ks)
+    d, counts = local.features, tuple(ks)
     size = torch.as_tensor(weights, device=local.x.device).abs()
     if size.shape != (len(local), d) or bool(torch.isnan(size).any()):
         raise InputError(f"weights must be {(len(local), d)} numbers for these rows, got {tuple(size.shape)}")
-    if not counts or min(counts) < 1 or max(counts) > d:
+    if counts == tuple(KS):
+        counts = counts[:d]
+    for k in counts:
+        whole_number("each of ks", k, 1)
+    if not counts or max(counts) > d:
         raise InputError(f"ks must lie in 1..{d}, the number of features, got {list(counts)}")
     rank = size.argsort(dim=1, descending=end == "top", stable=True).argsort(dim=1)
     levels = torch.tensor(counts, device=rank.device)[:, None, None]
     change = torch.zeros(len(local), len(counts), dtype=torch.float64, device=local.x.device)
-    repeats = 1 if binary else draws
-    for noise in [None] if binary else around.draws(d, draws, seed=seed):
-        for rows in chunks(
-            len(local), 4.0 * 4 * len(counts) * d * (1 if noise is None else len(noise)), local.memory // 4
-        ):
+    move_bytes = 4.0 * 4 * len(counts) * d
+    for noise in _noise(around, d, draws, seed, move_bytes, local.share(4)) if not binary else [None]:
+        for rows in chunks(len(local), move_bytes * (1 if noise is None else len(noise)), local.share(4)):
             disturbed = rank[rows, None, None] < levels
             moves = (1 - disturbed.to(local.x)) if noise is None else disturbed * noise.to(local.x)
             values = local.values(rows, moves.flatten(1, 2)).unflatten(1, (len(counts), -1))
-            change[rows] += (values - local.anchor[rows, None, None]).abs().sum(dim=2) / repeats
+            change[rows] += (values - local.anchor[rows, None, None]).abs().sum(dim=2) / (1 if binary else draws)
     return PerturbationCurve(counts, change.float(), kind, end)
+
+
+def _noise(around: Neighbourhood, d: int, draws: int, seed: int, move_bytes: float, memory: int) -> Iterator[Tensor]:
+    """The draws in blocks of which one row can have all its moves at once."""
+    for block in around.draws(d, draws, seed=seed):
+        for part in chunks(len(block), move_bytes, memory):
+            yield block[part]

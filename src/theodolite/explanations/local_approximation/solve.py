@@ -35,18 +35,27 @@ class LeastSquares:
 
 
 def least_squares(
-    moves: Tensor, values: Tensor, weights: Tensor, *, intercept: bool, ridge: float, cluster: int, memory: int
+    moves: Tensor,
+    values: Tensor,
+    weights: Tensor,
+    *,
+    intercept: bool,
+    ridge: float,
+    cluster: int,
+    listed: int,
+    memory: int,
 ) -> LeastSquares:
     """Fit g = w z (+ b) for each row.
 
     moves: (m, d); values: (n, m); weights: (n, m), or (1, m) where all rows share them, each summing to 1. ridge is added
-    to the diagonal of the features. cluster: how many moves in a row depend on each other, for the variance.
+    to the diagonal of the features. For the variance: the first ``listed`` moves are not left to chance, and ``cluster`` of
+    the others in a row depend on each other.
     """
     z = moves.double()
     if intercept:
         z = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
     penalised = torch.arange(z.shape[1], device=z.device) < moves.shape[1]
-    found, covariance, singular = _solve(z, values, weights, penalised.double(), ridge, cluster, memory)
+    found, covariance, singular = _solve(z, values, weights, penalised.double(), ridge, cluster, listed, memory)
     d = moves.shape[1]
     variance = torch.diagonal(covariance, dim1=1, dim2=2)[:, :d]
     return LeastSquares(
@@ -63,6 +72,7 @@ def least_squares_with_ends(
     *,
     ridge: float,
     cluster: int,
+    listed: int,
     memory: int,
 ) -> LeastSquares:
     """Fit g = w z + b with g(0) and g(1) given (n,): the last weight is what the others leave of their difference."""
@@ -74,14 +84,14 @@ def least_squares_with_ends(
         )
     left = values - at_zero[:, None] - total[:, None] * last[:, 0]
     penalised = torch.ones(z.shape[1], dtype=z.dtype, device=z.device)
-    found, covariance, singular = _solve(z, left, weights, penalised, ridge, cluster, memory)
+    found, covariance, singular = _solve(z, left, weights, penalised, ridge, cluster, listed, memory)
     variance = torch.cat([torch.diagonal(covariance, dim1=1, dim2=2), covariance.sum(dim=(1, 2))[:, None]], dim=1)
     rest = total - found.sum(dim=1)
     return LeastSquares(torch.cat([found, rest[:, None]], dim=1), at_zero, variance.clamp_min(0), singular)
 
 
 def _solve(
-    z: Tensor, values: Tensor, weights: Tensor, penalised: Tensor, ridge: float, cluster: int, memory: int
+    z: Tensor, values: Tensor, weights: Tensor, penalised: Tensor, ridge: float, cluster: int, listed: int, memory: int
 ) -> tuple[Float[Tensor, "row p"], Float[Tensor, "row p p"], Bool[Tensor, " row"]]:
     n, p = len(values), z.shape[1]
     normal = z.new_zeros(len(weights), p, p)
@@ -100,13 +110,16 @@ def _solve(
     inverse = torch.cholesky_inverse(factor) / (scale[:, :, None] * scale[:, None, :])
     found = (inverse @ ((weights * values) @ z)[:, :, None])[:, :, 0]
     scores = weights * (values - found @ z.T)
-    middle, clusters = z.new_zeros(n, p, p), len(z) // cluster
+    middle, clusters = z.new_zeros(n, p, p), (len(z) - listed) // cluster
+    # what the listed moves leave to the drawn ones is no noise
+    mean = (scores[:, listed:] @ z[listed:] / max(1, clusters))[:, None]
     for part in chunks(clusters, 16.0 * n * p * cluster, memory):
-        wide = slice(part.start * cluster, part.stop * cluster)
-        summed = (scores[:, wide, None] * z[wide]).unflatten(1, (-1, cluster)).sum(dim=2)
+        wide = slice(listed + part.start * cluster, listed + part.stop * cluster)
+        summed = (scores[:, wide, None] * z[wide]).unflatten(1, (-1, cluster)).sum(dim=2) - mean
         middle += summed.mT @ summed
     # the residuals are smaller than the noise by the degrees of freedom that the fit took
-    covariance = inverse @ middle @ inverse * (clusters / max(1, clusters - p))
+    independent = clusters + listed
+    covariance = inverse @ middle @ inverse * (independent / max(1, independent - p))
     return found, covariance, singular.expand(n)
 
 
