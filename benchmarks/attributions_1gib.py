@@ -183,6 +183,7 @@ def main() -> None:
         "name": "attributions of ImageNet images on EfficientNet-Lite0, 1 GiB, no batch size set; one core",
         "peer": f"captum {require('captum', 'dev').__version__}",
         "methods": methods,
+        "agreement": "SmoothGrad and KernelSHAP are drawn: with so few draws two runs of either library differ too",
         "subset": "gradients of 256 images; the others of fewer, so that the script ends in minutes",
         "peak": "resident memory beyond what the process had with the network, the images and one pass, results included",
         "seconds": round(time.perf_counter() - began),

@@ -4,12 +4,13 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import real_subjects
 from theodolite.commands import executor_of
 from theodolite.core.errors import InputError, MissingExtraError, require
-from theodolite.core.parallel import seeds_for, spread
+from theodolite.core.parallel import one_thread, seeds_for, spread
 from theodolite.data.reusable_holdout import freedman_attack
 from theodolite.parameters.subspace import measure_intrinsic_dimension
 from theodolite.run_commands import run_app
@@ -73,6 +74,17 @@ def test_the_first_failure_is_raised():
 def test_no_workers_is_an_error():
     with pytest.raises(InputError, match="at least 1"):
         spread(math.sqrt, TASKS, executor=0)
+
+
+def test_small_work_runs_on_one_thread_and_the_number_comes_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with one_thread():
+        assert torch.get_num_threads() == 1
+    with one_thread(False):
+        assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
 
 
 def test_seeds_are_repeatable_and_different():

@@ -1,6 +1,6 @@
 """Fan-out over the standard library's executors: in process, a process pool, or a Dask cluster's."""
 
-__all__ = ["open_pool", "seeds_for", "spread"]
+__all__ = ["one_thread", "open_pool", "seeds_for", "spread"]
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -9,6 +9,7 @@ from multiprocessing import get_context
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from theodolite.core.errors import InputError
 
@@ -52,6 +53,20 @@ def _gather(function: Callable[..., T], work: list[tuple[Any, ...]], pool: Execu
     finally:
         for future in futures:
             future.cancel()
+
+
+@contextmanager
+def one_thread(small: bool = True) -> Iterator[None]:
+    """Run torch on one thread inside the block where the work is ``small``; what is gained is lost in hand-overs otherwise.
+
+    The numbers then do not depend on the number of cores either.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if small else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def seeds_for(seed: int, n: int) -> list[int]:

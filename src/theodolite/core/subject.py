@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from theodolite.core.errors import DataError, ModelError
 from theodolite.core.estimate import Estimate, bootstrap, proportion
-from theodolite.core.memory import chunks
+from theodolite.core.memory import bytes_per_row, chunks
 from theodolite.core.train import Recipe, train
-from theodolite.core.view import ModelView, Output
+from theodolite.core.view import ModelView, Output, evaluation_mode
 
 Modality = Literal["tabular", "image", "text", "series", "graph", "interactions"]
 Task = Literal["classification", "regression"]
@@ -240,6 +240,14 @@ class Subject:
     def parameter_count(self) -> int | None:
         """Trainable numbers of a network, tied ones once; None for a black box."""
         return sum(p.numel() for p in self.predictor.parameters()) if self.is_network else None
+
+    @cached_property
+    def is_small(self) -> bool:
+        """Whether a batch of the network is so little work that one thread does it soonest; False for a black box."""
+        if not self.is_network or self.parameter_count is None or self.parameter_count > 1_000_000:
+            return False
+        with evaluation_mode(self.predictor):
+            return bytes_per_row(self.predictor, self.data.train.x[:1], gradients=False) * 64 < 1 << 23
 
     @cached_property
     def training_seconds(self) -> float:

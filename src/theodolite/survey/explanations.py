@@ -126,8 +126,12 @@ class _Explained:
 
     @property
     def neighbourhoods(self) -> dict[str, Neighbourhood]:
-        """The four neighbourhoods on these features."""
-        return {name: self.here(neighbourhood) for name, neighbourhood in NEIGHBOURHOODS.items()}
+        """The four neighbourhoods on these features; three without gradients: values along one line tell no weights."""
+        return {
+            name: self.here(neighbourhood)
+            for name, neighbourhood in NEIGHBOURHOODS.items()
+            if name != "path" or self.model.differentiable
+        }
 
 
 def _too_many(subject: Subject) -> str | None:
@@ -197,7 +201,7 @@ def local_function_approximation(subject: Subject, budget: Budget) -> Finding:
         larger_is_better=False,
     )
     numbers = dict[str, Estimate]()
-    for place in ("binary", "gaussian", "path"):
+    for place in (place for place in places if place != "one-hot"):
         numbers[f"held-out error of {best[place]}, {_WORDS[place]}"] = shown[best[place], place]
         numbers[f"error of a constant answer, {_WORDS[place]}"] = shown["constant", place]
     if on != small:

@@ -15,6 +15,7 @@ import numpy as np
 from theodolite.catalog import CATALOG
 from theodolite.core.errors import DiskError, InputError, ModelError, TheodoliteError
 from theodolite.core.memory import DEFAULT_BUDGET, peak_memory
+from theodolite.core.parallel import one_thread
 from theodolite.core.subject import Subject
 from theodolite.survey.atlas import Atlas, describe, versions
 from theodolite.survey.chart import Budget, load_charts
@@ -57,7 +58,7 @@ def measure(
     if subject.holdout is None:
         subject = subject.with_holdout(holdout_of(subject, slug, seed=seed))
     started = time.perf_counter()
-    with peak_memory() as peak:
+    with one_thread(subject.is_small), peak_memory() as peak:
         finding = charts[slug].draw(subject, Budget(seconds, memory, seed))
     return finding.measured(seconds=time.perf_counter() - started, peak_bytes=peak.bytes, code=finding.code)
 
