@@ -96,6 +96,15 @@ def _basis(subject: Subject, nodes: tuple[str, ...], x: Tensor, budget: Budget) 
     raise AssertionError("there is at least one node")
 
 
+def _local(subject: Subject, basis: InteractionBasis, x: Tensor, budget: Budget) -> InteractionBasis:
+    """The basis of the same nodes by their influence on the next one alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RankWarning)
+        return InteractionBasis.from_module(
+            subject.predictor, basis.sections_.names[:-1], target="next", memory=budget.memory, seed=budget.seed
+        ).fit(x)
+
+
 def _outputs(basis: InteractionBasis, x: Tensor, node: int, k: int, memory: int) -> Tensor:
     """What the network answers to ``x`` where only the first k directions of one node are kept."""
     sections, layer = basis.sections_, basis.layers_[node]
@@ -138,9 +147,17 @@ def interaction_basis(subject: Subject, budget: Budget) -> Finding:
             baseline_layer(one, "random", seed=budget.seed * _ROTATIONS + i) for one in basis.layers_
         )
         rotations.append(turned)
-    curves = {"interaction basis": curve}
-    curves |= {kind: kept_directions_curve(other, asked.x, quality, node, ks) for kind, other in others.items()}
-    runs = [kept_directions_curve(other, asked.x, quality, node, ks).runs for other in rotations]
+
+    def beside(one: InteractionBasis) -> QualityCurve:
+        x, y = data.validation.x, data.validation.y  # nothing is chosen by these, so they need no answers
+        kept = [k for k in ks if k <= one.layers_[node].rank]
+        return kept_directions_curve(
+            one, x, lambda outputs: float(subject.correct(nn.Identity(), Rows(outputs, y)).mean()), node, kept
+        )
+
+    curves = {"interaction basis": curve, "local interaction basis": beside(_local(subject, basis, x, budget))}
+    curves |= {kind: beside(other) for kind, other in others.items()}
+    runs = [beside(other).runs for other in rotations]
     curves["random rotation"] = replace(curve, runs=np.concatenate(runs, axis=1))
 
     def on_test(one: InteractionBasis) -> Estimate:
@@ -173,10 +190,10 @@ def interaction_basis(subject: Subject, budget: Budget) -> Finding:
         numbers=_numbers(basis, report, node, found, comparison.estimate),
         comparison=comparison,
         figure=_figure(curves, basis, subject.metric),
-        reading="Left: quality when only the first directions of the layer are kept and the rest is set to its mean, in four "
-        "bases, as the reusable holdout answers. Right: how much each direction of a layer counts for the output, from the "
-        "largest down (its variance, in units in which every direction has the same influence); where a line ends, the "
-        "output does not depend on the rest.",
+        reading="Left: quality when only the first directions of the layer are kept and the rest is set to its mean, in five "
+        "bases (the first as the reusable holdout answers, the others on validation rows). Right: how much each direction "
+        "of a layer counts for the output, from the largest down (its variance, in units in which every direction has the "
+        "same influence); where a line ends, the output does not depend on the rest.",
         advice=f"A low-rank factor of about {k} is enough for {name}: prune or factor what reads it, or choose adapters of that "
         "rank. InteractionBasis.transform gives the coordinates to look at.",
         seed=budget.seed,
@@ -209,7 +226,7 @@ def _numbers(
 
 def _figure(curves: Mapping[str, QualityCurve], basis: InteractionBasis, metric: str) -> go.Figure:
     figure = make_subplots(rows=1, cols=2, column_widths=[0.58, 0.42], horizontal_spacing=0.12)
-    for (name, curve), ink in zip(curves.items(), (INKS[0], INKS[1], INKS[2], INKS[6]), strict=True):
+    for (name, curve), ink in zip(curves.items(), (INKS[0], INKS[5], INKS[1], INKS[2], INKS[6]), strict=True):
         spread = {"low": curve.runs.min(axis=1).tolist(), "high": curve.runs.max(axis=1).tolist()}
         band_line(
             figure, curve.dimensions, curve.mean.tolist(), name=name, ink=ink, row=1, col=1,
@@ -219,7 +236,7 @@ def _figure(curves: Mapping[str, QualityCurve], basis: InteractionBasis, metric:
     level_line(figure, first.reference, "untouched", row=1)
     level_line(figure, first.chance, "none kept", row=1)
     hidden = zip(basis.layers_[:-1], basis.sections_.names, strict=False)
-    for (layer, name), ink in zip(hidden, (INKS[3], INKS[4], INKS[5]), strict=False):
+    for (layer, name), ink in zip(hidden, (INKS[3], INKS[4], INKS[1]), strict=False):
         values = layer.eigenvalues / layer.eigenvalues[0]
         band_line(
             figure, list(range(1, layer.rank + 1)), values.tolist(), name=f"spectrum of {name}", ink=ink, row=1, col=2

@@ -48,8 +48,14 @@ def account(subject: Subject, ledger: Path) -> dict[str, Any]:
     book = Ledger(ledger, fingerprint(subject.flat("test"), subject.data.test.y.numpy()))
     asked = len(book.records)
     gain = Estimate.exact(adaptive_bias(asked, n) - 0.5, "accuracy")
+    by: dict[str, dict[str, Any]] = {}
+    for record in book.records:
+        one = by.setdefault(record["name"], {"name": record["name"], "asked": 0, "spent": 0})
+        one["asked"] += 1
+        one["spent"] += record["source"] == "holdout"
     return {
         "asked": asked,
+        "by": list(by.values()),
         "spent": sum(record["source"] == "holdout" for record in book.records),
         "budget": BUDGET,
         "rows": n,
