@@ -92,3 +92,16 @@ def test_evaluation_mode_comes_back_after_an_error():
     with pytest.raises(ZeroDivisionError), evaluation_mode(model):
         raise ZeroDivisionError
     assert model.training
+
+
+def test_a_function_is_bounded_like_the_network_in_it():
+    model = nn.Sequential(nn.Linear(10, 100_000), nn.ReLU(), nn.Linear(100_000, 2))
+    sizes = []
+
+    def function(x):
+        sizes.append(len(x))
+        return model(x)
+
+    x = torch.randn(50, 10)
+    assert torch.allclose(ModelView(function, memory=8_000_000)(x), model(x), atol=1e-6)
+    assert max(sizes) < 10

@@ -58,11 +58,11 @@ class ModelView:
     def _row_cost(self, x: Tensor, gradients: bool) -> float:
         key = (tuple(x.shape[1:]), gradients)
         if key not in self._row_bytes:
-            if self.is_module:
-                with evaluation_mode(self.model):
-                    self._row_bytes[key] = bytes_per_row(self.model, x[:1].detach(), gradients=gradients)
-            else:
+            if self.is_estimator:
                 self._row_bytes[key] = 64.0 * max(1, x[:1].numel())
+            else:
+                with self._mode():
+                    self._row_bytes[key] = bytes_per_row(self.model, x[:1].detach(), gradients=gradients)
         return self._row_bytes[key]
 
     def _squash(self, scores: Tensor) -> Tensor:
