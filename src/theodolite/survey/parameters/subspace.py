@@ -1,4 +1,4 @@
-"""Charts of the parameter space."""
+"""The chart of the intrinsic dimension: quality against the coordinates of a random subspace of weight space."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
