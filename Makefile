@@ -16,6 +16,7 @@ setup: .venv/.base
 
 .venv/.dev: .venv/.base
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps zennit==0.5.1 # a peer in the tests; the torchvision that it names is not used
 	touch $@
 
 survey: .venv/.base

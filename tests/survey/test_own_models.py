@@ -54,7 +54,7 @@ def test_a_factory_with_a_csv(tmp_path):
     assert atlas["subject"]["quality"]["low"] > atlas["subject"]["quality"]["chance"]
     assert found == {
         "adaptive-data-analysis", "interaction-basis", "intrinsic-dimension", "label-geometry",
-        "local-function-approximation",
+        "local-function-approximation", "relevance-pruning",
     }  # fmt: skip
 
 

@@ -1,0 +1,42 @@
+"""The units of a trained network ranked by how much of its evidence for the true class flows through them, and pruned.
+
+    R_i = sum_j a_i w_ij^+ / (sum_k a_k w_kj^+ + eps) R_j,     score of unit u = sum of R_u over reference rows and positions
+
+Relevance starts at the true class's score and keeps its sum from layer to layer, so that the units of all layers are
+ranked together without a normalisation; a few labelled rows a class do. The classical criteria (weights, Taylor expansion,
+gradient) and chance are ranked by the same call.
+
+Source: Yeom, Seegerer, Lapuschkin, Binder, Wiedemann, Müller, Samek, 2021, Pattern Recognition 115, arXiv:1912.08881
+(Pruning by Explaining: A Novel Criterion for Deep Neural Network Pruning).
+"""
+
+__all__ = [
+    "CRITERIA",
+    "CriteriaComparison",
+    "PruningResult",
+    "RankAgreement",
+    "RelevanceError",
+    "RelevancePruner",
+    "UnitMask",
+    "UnsupportedLayerError",
+    "apply_mask",
+    "compare_criteria",
+    "draw_reference",
+    "prune_units",
+    "rank_agreement",
+    "relevance",
+    "remove_units",
+    "unit_scores",
+]
+
+from theodolite.core.masks import UnitMask, apply_mask, prune_units, remove_units
+from theodolite.parameters.relevance_pruning.pruning import (
+    CriteriaComparison,
+    PruningResult,
+    RelevancePruner,
+    compare_criteria,
+    draw_reference,
+)
+from theodolite.parameters.relevance_pruning.relevance import RelevanceError, relevance
+from theodolite.parameters.relevance_pruning.rules import UnsupportedLayerError
+from theodolite.parameters.relevance_pruning.scores import CRITERIA, RankAgreement, rank_agreement, unit_scores

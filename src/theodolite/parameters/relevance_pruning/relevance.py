@@ -1,0 +1,203 @@
+"""Layer-wise relevance propagation through a recorded network."""
+
+__all__ = ["RelevanceError", "Target", "propagate", "read_targets", "relevance"]
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from theodolite.core.errors import DataError, InputError, TheodoliteError
+from theodolite.core.masks.trace import LAYERS, Recording, record
+from theodolite.core.memory import bytes_per_row, chunks
+from theodolite.core.view import evaluation_mode
+from theodolite.parameters.relevance_pruning.rules import RULES, AffineMap, add_rule, choose_rule
+
+
+class RelevanceError(TheodoliteError, FloatingPointError):
+    """Relevance became infinite or NaN on its way through the network."""
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What relevance starts from and the loss is taken of: class indices, or None of values for a single output."""
+
+    labels: Tensor | None
+    values: Tensor | None
+
+    def start(self, scores: Tensor, how: str) -> Tensor:
+        """R of the output: the score of the true class (or the one score), or 1, and 0 elsewhere."""
+        one = torch.ones_like(scores)
+        if self.labels is not None and scores.ndim == 2 and scores.shape[1] > 1:
+            one = torch.zeros_like(scores).scatter_(1, self.labels[:, None], 1.0)
+        return one if how == "one" else one * scores
+
+    def loss(self, scores: Tensor) -> Tensor:
+        """Sum over rows of cross-entropy, or half the squared error of a regression."""
+        if self.labels is not None and scores.ndim == 2 and scores.shape[1] > 1:
+            return nn.functional.cross_entropy(scores, self.labels, reduction="sum")
+        if self.labels is not None:
+            given = self.labels.to(scores).reshape(scores.shape)
+            return nn.functional.binary_cross_entropy_with_logits(scores, given, reduction="sum")
+        if self.values is None:
+            raise InputError("a loss needs targets")
+        return 0.5 * (scores - self.values.to(scores).reshape(scores.shape)).square().sum()
+
+    def __getitem__(self, rows: slice) -> "Target":
+        """The targets of some rows."""
+        return Target(
+            None if self.labels is None else self.labels[rows], None if self.values is None else self.values[rows]
+        )
+
+
+def read_targets(targets: Any, scores: Tensor, n: int) -> Target:
+    """Targets for ``n`` rows whose scores look like ``scores``.
+
+    Raises DataError for a wrong number of them, for labels that are no class and for classes given as fractions.
+    """
+    given = torch.as_tensor(targets, device=scores.device)
+    if len(given) != n or given.numel() != n:
+        raise DataError(f"need one target a row, got {tuple(given.shape)} for {n} rows")
+    given = given.reshape(n)
+    classes = scores.shape[1] if scores.ndim == 2 else 1
+    if scores.ndim > 2:
+        raise DataError(f"the network must give a row of scores for each input, it gives {tuple(scores.shape[1:])}")
+    if given.is_floating_point():
+        if classes > 1:
+            raise DataError(f"the network gives {classes} scores, so targets must be whole numbers 0..{classes - 1}")
+        return Target(None, given)
+    highest = max(classes - 1, 1)
+    if bool((given < 0).any()) or bool((given > highest).any()):
+        raise DataError(
+            f"labels must be 0..{highest}, as the network gives {classes} scores; "
+            f"they range over {int(given.min())}..{int(given.max())}"
+        )
+    return Target(given.long(), None)
+
+
+def relevance(
+    model: nn.Module,
+    inputs: object,
+    targets: object,
+    *,
+    rule: str | Mapping[str, str] = "zplus",
+    start: str = "logit",
+    memory: int | None = None,
+) -> Mapping[str, Tensor]:
+    """Relevance of every layer's output for the score of the true class, by layer-wise relevance propagation.
+
+        R_i = sum_j a_i w_ij^+ / (sum_k a_k w_kj^+ + eps) R_j,     w^+ = max(w, 0), no bias          (alpha = 1, beta = 0)
+
+    with a^+ w^+ + a^- w^- in place of a w^+ where inputs can be negative. What follows a layer keeps the sum of R: an
+    activation passes it on, a maximum gives it to the winner, averages and sums of branches divide it in proportion. A
+    batch norm after a layer is folded into it (the network is not changed). Runs in eval mode.
+
+    inputs: (n, ...) rows. targets: (n,) class indices; for a network of one output numbers (relevance starts from the
+    output itself, also for a binary classifier). rule: of linear and convolutional layers, "zplus" or "epsilon"
+    (R_i = sum_j a_i w_ij / z_j R_j, bias in z), or a mapping from "conv", "linear", a type or a layer's name to a rule; other
+    types of layers may have "pass", "winner" or "proportional". start: "logit" starts from the true class's score, "one"
+    from 1.
+
+    Returns {layer: R} with R float32 of the output's shape (after a folded batch norm), and "input". A layer that is used
+    again has "NAME@2" for its second use.
+
+    Raises UnsupportedLayerError, DataError (targets) and RelevanceError where R is not finite.
+    Source: Yeom et al., 2021, arXiv:1912.08881, eq. 4.
+
+    >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False))
+    >>> _ = net[0].weight.data.copy_(torch.eye(2)), net[2].weight.data.copy_(torch.tensor([[1.0, 3.0], [0.0, 0.0]]))
+    >>> relevance(net, torch.tensor([[2.0, 1.0]]), [0])["0"]
+    tensor([[2., 3.]])
+    """
+    x = torch.as_tensor(inputs)
+    check_options(rule, start)
+    pieces: dict[str, list[Tensor]] = {}
+    for piece in propagate(model, x, targets, rule=rule, start=start, memory=memory):
+        for name, part in piece.items():
+            pieces.setdefault(name, []).append(part.float())
+    return {name: torch.cat(parts) for name, parts in pieces.items()}
+
+
+def check_options(rule: object, start: object) -> None:
+    """Raise InputError for a rule or a start that does not exist."""
+    rules = rule.values() if isinstance(rule, Mapping) else [rule]
+    wrong = [given for given in rules if given not in RULES]
+    if wrong or (isinstance(rule, str) and rule not in ("zplus", "epsilon")):
+        raise InputError(f"rule must be 'zplus' or 'epsilon', or a mapping to one of {', '.join(RULES)}; got {rule!r}")
+    if start not in ("logit", "one"):
+        raise InputError(f"start must be 'logit' or 'one', got {start!r}")
+
+
+def first_scores(model: nn.Module, x: Tensor) -> Tensor:
+    """The scores of the first row, after a look at the rows."""
+    if x.ndim < 1 or len(x) == 0:
+        raise DataError(f"need at least one row, got {tuple(x.shape)}")
+    if not x.is_floating_point() or not bool(torch.isfinite(x).all()):
+        raise DataError(f"inputs must be finite floating point numbers, got {x.dtype}")
+    with torch.no_grad(), evaluation_mode(model):
+        scores = model(x[:1])
+    if not isinstance(scores, Tensor):
+        raise DataError(f"the network must give one tensor, it gives {type(scores).__name__}")
+    return scores
+
+
+def row_parts(model: nn.Module, x: Tensor, memory: int | None) -> Iterator[slice]:
+    """Slices of the rows that keep what is recorded within the byte budget."""
+    with evaluation_mode(model):
+        cost = 2 * bytes_per_row(model, x[:1], gradients=True)  # activations and relevance of every step
+    yield from chunks(len(x), cost, memory)
+
+
+def propagate(
+    model: nn.Module,
+    x: Tensor,
+    targets: object,
+    *,
+    rule: str | Mapping[str, str] = "zplus",
+    start: str = "logit",
+    memory: int | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """As `relevance`, one chunk of rows after the other."""
+    target = read_targets(targets, first_scores(model, x), len(x))
+    for part in row_parts(model, x, memory):
+        with evaluation_mode(model):
+            with torch.no_grad():
+                recording = record(model, x[part])
+            scores = recording.output.meta["value"]
+            yield _back(recording, target[part].start(scores, start), rule)
+
+
+def _back(recording: Recording, start: Tensor, rule: str | Mapping[str, str]) -> dict[str, Tensor]:
+    norms = recording.joined_norms()
+    folded = {norm.node for norm in norms.values()}
+    chosen = {op.node: choose_rule(op, rule) for op in recording.operations if op.sources}
+    arrived = {recording.output: start}
+    found = list[tuple[str, Tensor]]()
+    for operation in reversed(recording.operations):
+        R = arrived.pop(operation.node, None)
+        if R is None:
+            continue
+        if operation.kind in ("input", "constant"):
+            if operation.kind == "input":
+                found.append(("input", R))
+            continue
+        if operation.node in folded or not isinstance(operation.module, LAYERS):
+            handed = [R] if operation.node in folded else add_rule(operation, chosen[operation.node], R)
+        else:
+            found.append((operation.name, R))
+            norm = norms.get(operation.node)
+            linear = AffineMap.of(operation.module, None if norm is None else norm.module)
+            handed = [linear.share(chosen[operation.node], operation.inputs()[0], R)]
+            if not bool(torch.isfinite(handed[0].sum())):
+                raise RelevanceError(
+                    f"relevance is not finite below {operation.name}; check the weights and inputs for NaN and overflow"
+                )
+        for source, share in zip(operation.sources, handed, strict=True):
+            arrived[source] = arrived[source] + share if source in arrived else share
+    named: dict[str, Tensor] = {}
+    for name, R in reversed(found):
+        uses = sum(other == name or other.startswith(f"{name}@") for other in named)
+        named[f"{name}@{uses + 1}" if uses else name] = R
+    return named

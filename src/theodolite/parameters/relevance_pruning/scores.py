@@ -1,0 +1,214 @@
+"""One number for each unit of a network, by relevance or by a classical criterion, from one batch of reference rows."""
+
+__all__ = ["CRITERIA", "RankAgreement", "rank_agreement", "unit_scores"]
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from theodolite.core.errors import DataError, InputError
+from theodolite.core.masks import Coupling, coupled_units
+from theodolite.core.masks.trace import LAYERS, record
+from theodolite.core.view import evaluation_mode
+from theodolite.parameters.relevance_pruning.relevance import (
+    check_options,
+    first_scores,
+    propagate,
+    read_targets,
+    row_parts,
+)
+from theodolite.parameters.weights import as_patterns, matches
+
+CRITERIA = ("lrp", "weight", "taylor", "gradient", "random")
+
+
+def unit_scores(
+    model: nn.Module,
+    data: object,
+    *,
+    criterion: str = "lrp",
+    layers: Iterable[str] | str | None = None,
+    rule: str | Mapping[str, str] = "zplus",
+    start: str = "logit",
+    abs: bool = False,
+    seed: int = 0,
+    memory: int | None = None,
+) -> dict[str, Tensor]:
+    """Scores (n_units,) of every layer that has a removable unit; the lowest is the first to go.
+
+    data: (X, y) or a loader of such pairs; the reference rows with their true classes. criterion, with z a layer's output
+    before its activation (after a batch norm that follows) and L the cross-entropy (of a regression the squared error):
+
+        lrp       sum of the relevance R of the output over rows and positions (see `relevance`)
+        taylor    | mean over rows and positions of z dL/dz |, divided by the layer's Euclidean norm
+        gradient  | mean over rows and positions of dL/dz |, likewise
+        weight    sum of |w| over the unit's incoming weights, divided by the layer's sum
+        random    uniform numbers from ``seed``
+
+    layers: names or patterns, None for all. rule, start: of lrp. abs: sum |R| in place of R. Runs in eval mode and puts the
+    mode back.
+
+    Warns where a class has no reference row. Raises DataError for no rows or labels that are no class, InputError for an
+    unknown criterion or layer, and what `relevance` raises.
+    Source: Yeom et al., 2021, arXiv:1912.08881; Molchanov et al., 2017, arXiv:1611.06440 (taylor).
+
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    >>> _ = net[0].weight.data.copy_(torch.tensor([[1.0, 0.0], [2.0, 1.0]]))
+    >>> unit_scores(net, (torch.eye(2), [0, 1]), criterion="weight")["0"]
+    tensor([0.2500, 0.7500])
+    """
+    if criterion not in CRITERIA:
+        raise InputError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
+    check_options(rule, start)
+    batches = list(_batches(data))
+    names = _chosen(coupled_units(model, batches[0][0][:1]), layers)
+    modules: dict[str, Any] = dict(model.named_modules())
+    if criterion in ("weight", "random"):
+        if criterion == "weight":
+            total = {name: _incoming(modules[name]) for name in names}
+            return {name: _divided(score, float(score.sum())) for name, score in total.items()}
+        generator = torch.Generator().manual_seed(seed)
+        return {name: torch.rand(len(_incoming(modules[name])), generator=generator) for name in names}
+    _warn_of_missing_classes(model, batches)
+    if criterion == "lrp":
+        options = {"rule": rule, "start": start, "memory": memory}
+        return _relevance_scores(model, batches, names, absolute=abs, options=options)
+    found = _gradient_scores(model, batches, names, times_output=criterion == "taylor", memory=memory)
+    return {name: _divided(score, float(score.norm())) for name, score in found.items()}
+
+
+def _batches(data: Any) -> Iterator[tuple[Tensor, Any]]:
+    pair = isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data[0], (tuple, list))
+    some = False
+    for batch in [data] if pair else data:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise DataError(f"data must be (X, y) or a loader of such pairs, got {type(batch).__name__}")
+        x = torch.as_tensor(batch[0])
+        if len(x) > 0:
+            some = True
+            yield x, batch[1]
+    if not some:
+        raise DataError("need at least one reference row, got none")
+
+
+def _chosen(coupling: Coupling, layers: Iterable[str] | str | None) -> list[str]:
+    prunable, patterns = coupling.prunable, as_patterns(layers)
+    names = [name for name in prunable if patterns is None or matches(name, patterns)]
+    if not names:
+        why = "; ".join(f"{name}: {reason}" for name, reason in coupling.fixed.items())
+        raise InputError(
+            f"no layer with removable units is left (layers={patterns}, there are {', '.join(prunable) or 'none'}; {why})"
+        )
+    return names
+
+
+def _warn_of_missing_classes(model: nn.Module, batches: list[tuple[Tensor, Any]]) -> None:
+    scores = first_scores(model, batches[0][0])
+    targets = [read_targets(y, scores, len(x)).labels for x, y in batches]
+    labels = [t for t in targets if t is not None]
+    if not labels:
+        return
+    classes = max(2, scores.shape[1] if scores.ndim == 2 else 1)
+    missing = sorted(set(range(classes)) - set(torch.cat(labels).unique().tolist()))
+    if missing:
+        shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        warnings.warn(f"{len(missing)} of {classes} classes have no reference row: {shown}", stacklevel=3)
+
+
+def _incoming(layer: Any) -> Tensor:
+    return layer.weight.detach().float().abs().flatten(1).sum(dim=1)
+
+
+def _divided(score: Tensor, by: float) -> Tensor:
+    return score / by if by > 0 else score
+
+
+def _per_unit(tensor: Tensor, layer: nn.Module) -> Tensor:
+    """Sum over rows and positions, in double precision."""
+    axis = tensor.ndim - 1 if isinstance(layer, nn.Linear) else 1
+    return tensor.double().sum(dim=[d for d in range(tensor.ndim) if d != axis])
+
+
+def _relevance_scores(
+    model: nn.Module, batches: list[tuple[Tensor, Any]], names: list[str], *, absolute: bool, options: dict[str, Any]
+) -> dict[str, Tensor]:
+    modules, total = dict(model.named_modules()), dict[str, Tensor]()
+    for x, y in batches:
+        for found in propagate(model, x, y, **options):
+            for key, R in found.items():
+                name = key.split("@")[0]
+                if name in names:
+                    part = _per_unit(R.abs() if absolute else R, modules[name])
+                    total[name] = total[name] + part if name in total else part
+    return {name: total[name].float() for name in names}
+
+
+def _gradient_scores(
+    model: nn.Module, batches: list[tuple[Tensor, Any]], names: list[str], *, times_output: bool, memory: int | None
+) -> dict[str, Tensor]:
+    """| mean of dL/dz | or of z dL/dz, by unit; the mean over positions is a sum here, which is the same up to a factor."""
+    total = dict[str, Tensor]()
+    for x, y in batches:
+        target = read_targets(y, first_scores(model, x), len(x))
+        for part in row_parts(model, x, memory):
+            with evaluation_mode(model), torch.enable_grad():
+                recording = record(model, x[part], leaves=True)
+                norms = recording.joined_norms()
+                steps = [op for op in recording.operations if isinstance(op.module, LAYERS) and op.name in names]
+                outputs = [norms.get(op.node, op).value for op in steps]
+                loss = target[part].loss(recording.output.meta["value"])
+                gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
+            for op, z, g in zip(steps, outputs, gradients, strict=True):
+                g = torch.zeros_like(z) if g is None else g
+                each = _per_unit(z.detach() * g if times_output else g, op.module)  # type: ignore[arg-type]
+                total[op.name] = total[op.name] + each if op.name in total else each
+    return {name: total[name].abs().float() for name in names}
+
+
+@dataclass(frozen=True)
+class RankAgreement:
+    """How far two rankings of the same units agree.
+
+    spearman, kendall: rank correlations. first, last: for each k the share of the k lowest (highest) units that both have.
+    units: how many were ranked.
+    """
+
+    spearman: float
+    kendall: float
+    first: dict[int, float]
+    last: dict[int, float]
+    units: int
+
+
+def rank_agreement(
+    scores_a: Mapping[str, Tensor], scores_b: Mapping[str, Tensor], k: Iterable[int] = (125, 250, 500, 1000)
+) -> RankAgreement:
+    """Agreement of two sets of scores over the units of all layers together; each k below the number of units is used.
+
+    Raises InputError where the two have other layers, or one ranks nothing because its scores are all the same.
+
+    >>> a = {"0": torch.tensor([1.0, 2.0, 3.0, 4.0])}
+    >>> rank_agreement(a, {"0": torch.tensor([2.0, 1.0, 3.0, 4.0])}, k=[1, 2]).first
+    {1: 0.0, 2: 1.0}
+    """
+    if scores_a.keys() != scores_b.keys() or any(scores_a[n].shape != scores_b[n].shape for n in scores_a):
+        raise InputError(f"both must score the same units, got layers {list(scores_a)} and {list(scores_b)}")
+    a, b = (np.concatenate([s[n].detach().cpu().double().numpy() for n in scores_a]) for s in (scores_a, scores_b))
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0 or not math.isfinite(a.sum() + b.sum()):
+        raise InputError("both rankings need at least two units with different, finite scores")
+    order_a, order_b = np.argsort(a, kind="stable"), np.argsort(b, kind="stable")
+    sizes = [size for size in k if 0 < size < len(a)]
+    return RankAgreement(
+        float(np.asarray(stats.spearmanr(a, b))[0]),
+        float(np.asarray(stats.kendalltau(a, b))[0]),
+        {size: len(np.intersect1d(order_a[:size], order_b[:size])) / size for size in sizes},
+        {size: len(np.intersect1d(order_a[-size:], order_b[-size:])) / size for size in sizes},
+        len(a),
+    )
