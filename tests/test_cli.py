@@ -34,7 +34,7 @@ def test_methods_of_one_space():
 
 def test_subjects_lists_the_built_in_ones():
     assert [row["name"] for row in json.loads(runner.invoke(app, ["subjects", "--json"]).stdout)] == [
-        "digits", "breast-cancer",
+        "digits", "breast-cancer", "smollm2",
     ]  # fmt: skip
 
 

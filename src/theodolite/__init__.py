@@ -19,6 +19,7 @@ __all__ = [
     "Rows",
     "Subject",
     "TheodoliteError",
+    "language_subject",
     "load_subject",
     "measure",
     "reproduce",
@@ -31,14 +32,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from theodolite.catalog import CATALOG
-    from theodolite.core.builtin import builtin as subject
     from theodolite.core.curve import QualityCurve
     from theodolite.core.errors import TheodoliteError
     from theodolite.core.estimate import Estimate
     from theodolite.core.loading import DataOptions, load_subject
     from theodolite.core.subject import Dataset, Rows, Subject
     from theodolite.core.train import Recipe
+    from theodolite.language.subjects import language_subject
     from theodolite.reproductions.report import reproduce
+    from theodolite.subjects import subject
     from theodolite.survey.finding import Finding
     from theodolite.survey.run import measure, survey
 
@@ -53,10 +55,11 @@ _HOMES = {
     "Rows": "theodolite.core.subject",
     "Subject": "theodolite.core.subject",
     "TheodoliteError": "theodolite.core.errors",
+    "language_subject": "theodolite.language.subjects",
     "load_subject": "theodolite.core.loading",
     "measure": "theodolite.survey.run",
     "reproduce": "theodolite.reproductions.report",
-    "subject": "theodolite.core.builtin:builtin",
+    "subject": "theodolite.subjects",
     "survey": "theodolite.survey.run",
 }
 

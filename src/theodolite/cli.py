@@ -169,13 +169,13 @@ def methods(
 @app.command()
 def subjects(as_json: Json = False) -> None:
     """List the built-in subjects."""
-    from theodolite.core.builtin import BUILTIN
+    from theodolite.subjects import SUBJECTS
 
     if as_json:
-        print(json.dumps([{"name": name, "description": made.description} for name, made in BUILTIN.items()]))
+        print(json.dumps([{"name": name, "description": about} for name, about in SUBJECTS.items()]))
         return
-    for name, made in BUILTIN.items():
-        Console().print(f"[bold]{name}[/]  {made.description}")
+    for name, about in SUBJECTS.items():
+        Console().print(f"[bold]{name}[/]  {about}")
 
 
 @app.callback(invoke_without_command=True)

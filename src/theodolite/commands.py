@@ -57,16 +57,24 @@ class SubjectFlags:
     model: Annotated[
         str | None,
         typer.Option(
-            help="package.module:factory, a .skops or .onnx file, a Hugging Face folder or name, or auto (train one)"
+            help="package.module:factory, a .skops or .onnx file, a Hugging Face folder or name, smollm2, or auto (train one)"
         ),
     ] = None
     weights: Annotated[Path | None, typer.Option(help=".safetensors or weights-only .pt file for the factory")] = None
     data: Annotated[
         str | None,
-        typer.Option(help="CSV, TSV, Parquet, NPZ or JSON Lines file, folder of images by class, datasets folder"),
+        typer.Option(
+            help="CSV, TSV, Parquet, NPZ or JSON Lines file, folder of images by class, datasets folder; with "
+            "--task language a text file, a folder or pattern of them, or JSON Lines"
+        ),
     ] = None
     target: Annotated[str | None, typer.Option(help="name of the label column")] = None
-    task: Annotated[str | None, typer.Option(help="classification or regression, where the labels do not tell")] = None
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="classification or regression, where the labels do not tell; language: the model continues the texts"
+        ),
+    ] = None
     test: Annotated[str | None, typer.Option(help="a second file with the test rows")] = None
     missing: Annotated[str | None, typer.Option(help="what to do with missing values: error, drop or median")] = None
     scale: Annotated[str | None, typer.Option(help="columns as they are (none) or standardised (standard)")] = None
@@ -81,8 +89,9 @@ class SubjectFlags:
 
     def load(self) -> "Subject":
         """The subject that the flags name."""
-        from theodolite.core.builtin import BUILTIN, builtin
         from theodolite.core.loading import load_subject, load_subject_function
+        from theodolite.subjects import SUBJECTS
+        from theodolite.subjects import subject as builtin
 
         if self.subject is not None:
             if self.model or self.data:
@@ -93,7 +102,11 @@ class SubjectFlags:
         if self.data is None:
             if self.model is not None:
                 raise InputError("--model needs the data it is used on: --data FILE")
-            return builtin(next(iter(BUILTIN)), seed=self.seed)
+            return builtin(next(iter(SUBJECTS)), seed=self.seed)
+        if self.task == "language":
+            from theodolite.language.subjects import language_subject
+
+            return language_subject(self.model or "smollm2", self.data, column=self.text or "text", seed=self.seed)
         return load_subject(
             model=self.model or "auto",
             data=self.data,
@@ -109,14 +122,17 @@ class SubjectFlags:
 
     def code(self) -> str:
         """The line of Python that makes the same subject."""
-        from theodolite.core.builtin import BUILTIN
+        from theodolite.subjects import SUBJECTS
 
         seed = f", seed={self.seed}" if self.seed else ""
         if self.data is None and (self.subject is None or ":" not in self.subject):
-            return f"subject = theodolite.subject({self.subject or next(iter(BUILTIN))!r}{seed})"
+            return f"subject = theodolite.subject({self.subject or next(iter(SUBJECTS))!r}{seed})"
         if self.subject is not None:
             module, _, name = self.subject.partition(":")
             return f"from {module} import {name}\nsubject = {name}()"
+        if self.task == "language":
+            column = f", column={self.text!r}" if self.text else ""
+            return f"subject = theodolite.language_subject({self.model or 'smollm2'!r}, {self.data!r}{column}{seed})"
         from theodolite.core.loading import DataOptions
 
         given = {

@@ -12,7 +12,7 @@ from sklearn.ensemble import RandomForestRegressor
 
 from theodolite.core.builtin import builtin
 from theodolite.core.loading import DataOptions, load_subject
-from theodolite.survey.activations import flat_nodes
+from theodolite.survey.activations.interaction_basis import flat_nodes
 from theodolite.survey.chart import load_charts
 from theodolite.survey.finding import estimate_to_json
 from theodolite.survey.plan import make_plan

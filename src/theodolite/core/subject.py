@@ -17,16 +17,21 @@ from torch import Tensor, nn
 from theodolite.core.errors import DataError, ModelError
 from theodolite.core.estimate import Estimate, bootstrap, proportion
 from theodolite.core.memory import bytes_per_row, chunks
+from theodolite.core.next_token import next_tokens
 from theodolite.core.train import Recipe, train
 from theodolite.core.view import ModelView, Output, evaluation_mode
 
 Modality = Literal["tabular", "image", "text", "series", "graph", "interactions"]
-Task = Literal["classification", "regression"]
+Task = Literal["classification", "regression", "language"]
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Inputs ``x`` (n, ...) float and targets ``y`` (n,): class indices (long) or values (float)."""
+    """Inputs ``x`` (n, ...) float and targets ``y`` (n,): class indices (long) or values (float).
+
+    For a language model x are token ids (n, length), long and without padding, and y is the number of the text that each
+    row comes from: rows of one text belong together.
+    """
 
     x: Tensor
     y: Tensor
@@ -81,6 +86,8 @@ class Dataset:
                 )
             if rows.x.shape[1:] != self.train.x.shape[1:]:
                 raise DataError(f"{self.name}: {part} rows have another shape than train rows")
+            if self.task == "language" and (rows.x.dtype != torch.long or rows.x.ndim != 2 or rows.x.shape[1] < 2):
+                raise DataError(f"{self.name}: rows for a language model are token ids (n, at least 2), dtype long")
         if self.task == "classification":
             if len(self.classes) < 2:
                 raise DataError(f"{self.name}: a classification needs at least two classes, found {list(self.classes)}")
@@ -104,9 +111,12 @@ class Dataset:
 
     @cached_property
     def chance(self) -> float:
-        """Test accuracy of always answering the commonest training class; 0 for a regression (R2 of the mean)."""
+        """Test accuracy of always answering the commonest training class (or token); 0 for a regression (R2 of the mean)."""
         if self.task == "regression":
             return 0.0
+        if self.task == "language":
+            tokens, counts = self.train.x.unique(return_counts=True)
+            return float((self.test.x[:, 1:] == tokens[counts.argmax()]).double().mean())
         commonest = int(torch.bincount(self.train.y).argmax())
         return float((self.test.y == commonest).double().mean())
 
@@ -144,9 +154,10 @@ class Holdout(Protocol):
 class Subject:
     """A model with its data: all that a chart may look at.
 
-    predictor: an nn.Module (rows -> (n, classes) scores, or (n,) / (n, 1) values) or a fitted scikit-learn style
-    estimator. build(seed) makes a fresh untrained network of the same architecture; with a recipe the model can be
-    trained again. holdout is how selection loops ask the test rows; every chart shares it.
+    predictor: an nn.Module (rows -> (n, classes) scores, or (n,) / (n, 1) values), a fitted scikit-learn style
+    estimator, or for the task "language" a causal language model (token ids -> logits) with its tokenizer. build(seed)
+    makes a fresh untrained network of the same architecture; with a recipe the model can be trained again. holdout is how
+    selection loops ask the test rows; every chart shares it.
     """
 
     name: str
@@ -157,10 +168,14 @@ class Subject:
     description: str = ""
     holdout: Holdout | None = None
     notes: tuple[str, ...] = field(default=())
+    tokenizer: Any = None
 
     def __post_init__(self) -> None:
         """Ask the model for two rows, so that what does not fit is told before any work starts."""
         rows = self.data.train.x[:2]
+        if self.is_language_model:
+            self._try_tokens(rows)
+            return
         try:
             out = self.view("raw" if self.is_network else "probability" if self._classifies else "value")(rows)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -173,6 +188,23 @@ class Subject:
             )
         if not bool(torch.isfinite(out).all()):
             raise ModelError(f"{self.name}: the model answers NaN or infinity on the first rows of the data")
+
+    def _try_tokens(self, rows: Tensor) -> None:
+        if not self.is_network:
+            raise ModelError(f"{self.name}: a language model must be an nn.Module, got {self.model_name}")
+        try:
+            found = next_tokens(self.predictor, rows)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ModelError(
+                f"{self.name}: the model cannot take token ids of shape {self.data.shape}: {error}"
+            ) from error
+        if not bool(torch.isfinite(found.loss).all()):
+            raise ModelError(f"{self.name}: the model answers NaN or infinity on the first rows of the data")
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether the predictor is a causal language model over token ids."""
+        return self.data.task == "language"
 
     @property
     def is_network(self) -> bool:
@@ -196,6 +228,8 @@ class Subject:
     @property
     def metric(self) -> str:
         """What quality is measured in."""
+        if self.is_language_model:
+            return "next-token accuracy"
         return "accuracy" if self._classifies else "R2"
 
     def view(self, output: Output = "probability", *, memory: int | None = None) -> ModelView:
@@ -215,22 +249,35 @@ class Subject:
 
     def correct(self, model: Any, rows: Rows) -> np.ndarray:
         """Per row in [0, 1]: whether the class is right, or for a regression 1 minus the squared error in units of the
-        variance of the training targets, cut at 0 (so that its mean is a floor of R2 and can be asked of a holdout).
+        variance of the training targets, cut at 0 (so that its mean is a floor of R2 and can be asked of a holdout); for a
+        language model the share of the row's next tokens that it predicts.
         """
+        if self.is_language_model:
+            return next_tokens(model, rows.x).right.double().mean(dim=1).numpy()
         if self._classifies:
             return (ModelView(model, output=self._scores(model)).predict(rows.x) == rows.y).double().numpy()
         error = (ModelView(model, output="value")(rows.x)[:, 0].double() - rows.y.double()) ** 2
         return (1 - error / self.data.train.y.double().var()).clamp(0, 1).numpy()
 
     def quality(self, model: Any | None = None, *, part: Literal["train", "validation", "test"] = "test") -> Estimate:
-        """Accuracy with its exact interval, or R2 with a bootstrap interval, on one part of the data."""
-        model = self.predictor if model is None else model
+        """Accuracy with its exact interval, or R2 (by rows) or next-token accuracy (by texts) with a bootstrap interval."""
+        if model is None:
+            if part not in self._qualities:
+                self._qualities[part] = self.quality(self.predictor, part=part)
+            return self._qualities[part]
         rows = self.data.parts[part]
         if self._classifies:
             right = self.correct(model, rows)
             return proportion(int(right.sum()), len(right), unit="accuracy")
+        if self.is_language_model:
+            return bootstrap(self.correct(model, rows), groups=rows.y.numpy(), unit=self.metric)
         pairs = np.stack([rows.y.numpy(), ModelView(model, output="value")(rows.x)[:, 0].numpy()], axis=1)
         return bootstrap(pairs, lambda p: float(r2_score(p[:, 0], p[:, 1])) if len(p) > 1 else 0.0, unit="R2")
+
+    @cached_property
+    def _qualities(self) -> dict[str, Estimate]:
+        """Of the subject's own model, by part, once asked."""
+        return {}
 
     @staticmethod
     def _scores(model: Any) -> Output:

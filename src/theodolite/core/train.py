@@ -11,10 +11,11 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, stack_module_state, vmap
+from torch.func import grad_and_value, stack_module_state, vmap
 from torch.nn import functional as F
 
 from theodolite.core.errors import InputError, TrainingCollapsedError
+from theodolite.core.functional import call_with
 from theodolite.core.view import ModelView, evaluation_mode
 
 Loss = Literal["cross-entropy", "binary", "squared"]
@@ -169,7 +170,7 @@ class Ensemble:
     def scores(self, x: Tensor) -> Float[Tensor, "member row ..."]:
         """Scores of every member on the same rows, (members, n, classes)."""
         with torch.no_grad(), evaluation_mode(self.template):
-            return vmap(lambda p, b: functional_call(self.template, (p, b), (x,)))(self.parameters, self.buffers)
+            return vmap(lambda p, b: call_with(self.template, p | b, (x,)))(self.parameters, self.buffers)
 
     def member(self, i: int) -> nn.Module:
         """An ordinary copy of one member."""
@@ -211,7 +212,7 @@ def train_ensemble(
     labels = y if y.ndim > 1 and y.shape[0] == members and y.shape[1:2] == x.shape[:1] else None
 
     def loss_of(p: dict[str, Tensor], b: dict[str, Tensor], rows: Tensor, target: Tensor) -> Tensor:
-        return mean_loss(functional_call(template, (p, b), (rows,)), target)
+        return mean_loss(call_with(template, p | b, (rows,)), target)
 
     gradient = vmap(grad_and_value(loss_of))
     first = {k: torch.zeros_like(v) for k, v in parameters.items()}

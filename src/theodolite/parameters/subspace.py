@@ -31,12 +31,12 @@ import torch
 from jaxtyping import Float
 from numpy.lib.npyio import NpzFile
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
 from theodolite.core.curve import QualityCurve
 from theodolite.core.errors import InputError, ModelError
 from theodolite.core.files import write_bytes
+from theodolite.core.functional import call_with, tensor_places
 from theodolite.core.parallel import open_pool, spread
 from theodolite.parameters.reparametrization import KINDS, make_projection
 from theodolite.parameters.weights import as_patterns, matches
@@ -76,6 +76,7 @@ class SubspaceModel(nn.Module):
         self._names = _trainable_names(module, self._include, self._exclude)
         self._start_seed = torch.initial_seed()  # most often what theta_0 was drawn from; `load` tries it, and checks
         self.module = copy.deepcopy(module)
+        self._places = tensor_places(self.module)
         parameters = dict(self.module.named_parameters())
         self._open = [name for name, parameter in parameters.items() if parameter.requires_grad]
         self._pieces = [parameters[name].shape for name in self._names]
@@ -108,7 +109,7 @@ class SubspaceModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gives at theta_0 + P z."""
-        return functional_call(self.module, self.weights(), args, kwargs)
+        return call_with(self.module, self.weights(), args, kwargs, places=self._places)
 
     def squared_norm(self) -> Float[Tensor, ""]:
         """Squared norm of theta itself: what weight decay has to act on, not on z."""

@@ -3,6 +3,7 @@
 __all__ = ["CHARTS", "Budget", "Chart", "Needs", "chart", "load_charts", "seconds", "trainings"]
 
 import importlib
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -24,9 +25,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a subject must be for a chart to apply; `refusal` gives the one reason why not."""
+    """What a subject must be for a chart to apply; `refusal` gives the one reason why not.
+
+    language_model: True where only language models will do, None where they will too; task and classes are asked of others.
+    """
 
     network: bool = False
+    language_model: bool | None = False
     retrainable: bool = False
     modalities: tuple[Modality, ...] = ()
     task: Task | None = None
@@ -37,13 +42,17 @@ class Needs:
     def refusal(self, subject: Subject) -> str | None:
         """None where the chart applies, otherwise the first need that is not met, in words."""
         data = subject.data
+        if self.language_model and not subject.is_language_model:
+            return f"needs a language model; {subject.model_name} answers with {data.task}, not with tokens"
+        if subject.is_language_model and self.language_model is False:
+            return "needs a model that gives each row a class or a value; this one continues texts"
         if self.network and not subject.is_network:
             return f"needs a network; {subject.model_name} is a black box without layers or gradients"
         if self.retrainable and not subject.retrainable:
             return "needs a network that can be trained again; give a factory (package.module:function) as the model"
         if self.modalities and data.modality not in self.modalities:
             return f"needs {' or '.join(self.modalities)} data; these are {data.modality}"
-        if self.task is not None and data.task != self.task:
+        if self.task is not None and data.task != self.task and not subject.is_language_model:
             return f"needs a {self.task}; this is a {data.task}"
         if data.task == "classification" and len(data.classes) < self.classes:
             return f"needs at least {self.classes} classes; there are {len(data.classes)}"
@@ -87,9 +96,10 @@ def seconds(forecast: float) -> Callable[[Subject], float]:
 
 
 def load_charts() -> dict[str, Chart]:
-    """All charts: importing a space's file registers what stands in it."""
+    """All charts: importing the files in a space's folder registers what stands in them."""
     for space in SPACES:
         name = f"theodolite.survey.{space}"
         if find_spec(name) is not None:
-            importlib.import_module(name)
+            for file in pkgutil.iter_modules(importlib.import_module(name).__path__):
+                importlib.import_module(f"{name}.{file.name}")
     return CHARTS

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
+from torch.func import jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from theodolite.core.capture import main_tensor
 from theodolite.core.errors import InputError, ModelError
+from theodolite.core.functional import call_with
 from theodolite.core.memory import bytes_per_row, chunks
 from theodolite.core.view import evaluation_mode
 
@@ -65,7 +66,7 @@ class Behaviour:
 
     def outputs(self, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """f_w(x), flat (n, outputs)."""
-        return self._flat(functional_call(self.model, self._rest | dict(params), (x,)))
+        return self._flat(call_with(self.model, self._rest | dict(params), (x,)))
 
     def loss(self, params: Mapping[str, Tensor]) -> Float[Tensor, ""]:
         """L_B; gradients are recorded where the given parameters ask for them."""

@@ -1,4 +1,4 @@
-"""Charts of the output space."""
+"""The chart of label geometry: what distances between the classes add to the answers."""
 
 import numpy as np
 

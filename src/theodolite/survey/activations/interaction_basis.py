@@ -1,4 +1,4 @@
-"""Charts of the hidden space."""
+"""The chart of hidden directions: how many each layer uses, and how they interact."""
 
 import time
 import warnings

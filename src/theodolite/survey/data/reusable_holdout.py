@@ -1,4 +1,4 @@
-"""Charts of the data space."""
+"""The chart of the holdout: how far answers to adaptive questions about the test rows can be trusted."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Charts of the input space."""
+"""The chart of attribution methods: which suits the model, and how far its answers hold."""
 
 import time
 from collections.abc import Mapping

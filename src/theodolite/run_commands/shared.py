@@ -1,0 +1,56 @@
+"""What the commands of ``theodolite run`` share: options, printing, reading small files, the chart of a subject."""
+
+__all__ = ["Memory", "Seconds", "array", "chart", "lines", "tell"]
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from theodolite.commands import SubjectFlags
+from theodolite.core.errors import DataError
+
+Seconds = Annotated[float, typer.Option(help="time to plan for")]
+Memory = Annotated[int, typer.Option(help="MiB to expand a batch to", min=16)]
+
+
+def tell(result: Any, as_json: bool) -> None:
+    """Print a dictionary of results, for people or for machines."""
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+        return
+    console = Console()
+    for name, value in result.items():
+        console.print(f"[bold]{name.replace('_', ' ')}[/]", end=": ")
+        console.print(value, markup=False)
+
+
+def chart(slug: str, flags: SubjectFlags, seconds: float, memory: int, as_json: bool) -> None:
+    """Print the finding of the method ``slug`` about a subject, as the survey makes it."""
+    from theodolite.survey.run import measure
+
+    finding = measure(slug, flags.load(), seed=flags.seed, seconds=seconds, memory=memory << 20)
+    if as_json:
+        print(json.dumps(finding.to_json(), ensure_ascii=False))
+    else:
+        Console().print(str(finding), markup=False)
+
+
+def lines(path: Path) -> list[str]:
+    """The lines of a text file, without blank ones."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
+def array(path: Path) -> Any:
+    """A .npy file of numbers."""
+    import numpy as np
+
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path} as a .npy array of numbers: {error}") from error

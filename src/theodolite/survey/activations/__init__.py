@@ -1,0 +1,1 @@
+"""Charts of the hidden space, a file for each question."""

@@ -1,0 +1,1 @@
+"""Charts of the data space, a file for each question."""

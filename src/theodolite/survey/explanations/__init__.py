@@ -1,0 +1,1 @@
+"""Charts of the input space, a file for each question."""

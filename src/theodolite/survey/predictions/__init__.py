@@ -1,0 +1,1 @@
+"""Charts of the output space, a file for each question."""
