@@ -1,0 +1,234 @@
+"""The language layer: one interface, a local model checked by brute force, an endpoint over real HTTP with its failures."""
+
+import sqlite3
+
+import numpy as np
+import pytest
+import torch
+
+from language_server import protocol_server
+from theodolite.core.errors import InputError, ModelError
+from theodolite.language import connect
+from theodolite.language.model import EndpointError, EndpointUnavailable, LogprobsUnavailable, ScoringUnavailable
+from tiny_language_model import save_tiny_model
+
+pytest.importorskip("transformers")
+pytest.importorskip("openai")
+
+ASK = [{"role": "user", "content": "one two three"}]
+
+
+def endpoint(server, tmp_path=None, **options):
+    return connect(server.url, "reverser", cache=tmp_path / "answers.sqlite" if tmp_path else False, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def local(folder):
+    return connect(model=folder, cache=False)
+
+
+def by_hand(local, prompt, text):
+    start = local.tokenizer(prompt)["input_ids"]
+    ids = local.tokenizer(text, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logp = local.model(torch.tensor([start + ids])).logits[0].double().log_softmax(-1)
+    return sum(float(logp[len(start) + i - 1, token]) for i, token in enumerate(ids))
+
+
+@pytest.mark.parametrize("memory", [None, 1])
+def test_a_score_is_the_sum_over_the_continuations_tokens(folder, local, memory):
+    texts = ["cat", "dog sat on the mat", "tree and then", "cat"]
+    local._memory = memory
+    found = local.score("the cat sat on", texts)
+    assert found == pytest.approx([by_hand(local, "the cat sat on", text) for text in texts], abs=1e-5)
+    assert found[0] == pytest.approx(found[3], abs=1e-6)
+
+
+def test_tokens_of_a_text_have_their_probabilities_and_places(local):
+    tokens = local.token_logprobs("the cat sat on the mat")
+    assert tokens[0].logprob is None
+    assert sum(token.logprob for token in tokens[1:]) == pytest.approx(
+        by_hand(local, "the", "cat sat on the mat"), abs=1e-5
+    )
+    assert [token.start for token in tokens] == sorted(token.start for token in tokens)
+
+
+def test_greedy_continuation_is_the_likeliest_token_each_time(local):
+    (made,) = local.generate("the cat", max_tokens=6, logprobs=True)
+    ids = local.tokenizer("the cat")["input_ids"]
+    with torch.no_grad():
+        for _ in range(made.completion_tokens):
+            ids.append(int(local.model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert local.tokenizer.decode(ids[2:]) == made.text
+    assert "".join(token.text for token in made.tokens) == made.text
+    assert made.prompt_tokens == 2
+
+
+def test_drawn_continuations_repeat_with_the_seed_and_follow_the_probabilities(local):
+    one = local.generate("the cat", 300, temperature=1.0, max_tokens=1, seed=3)
+    assert [made.text for made in one] == [
+        made.text for made in local.generate("the cat", 300, temperature=1.0, max_tokens=1, seed=3)
+    ]
+    assert {made.text for made in one} != {
+        made.text for made in local.generate("the cat", 300, temperature=1.0, max_tokens=1, seed=4)
+    } or len({made.text for made in one}) > 5
+    few = local.generate("the cat", 200, temperature=1.0, top_p=0.2, max_tokens=1, seed=3)
+    with torch.no_grad():
+        p = (
+            local.model(torch.tensor([local.tokenizer("the cat")["input_ids"]]))
+            .logits[0, -1]
+            .softmax(-1)
+            .sort(descending=True)
+        )
+    allowed = int((p.values.cumsum(0) - p.values < 0.2).sum())
+    assert {made.text for made in few} <= {local.tokenizer.decode([i]) for i in p.indices[:allowed].tolist()}
+
+
+def test_a_stop_text_ends_a_continuation_before_it(local):
+    (whole,) = local.generate("the cat", max_tokens=8)
+    word = whole.text.split()[2]
+    (cut,) = local.generate("the cat", max_tokens=8, stop=[word])
+    assert cut.text == whole.text[: whole.text.index(word)]
+    assert cut.finish == "stop"
+
+
+def test_a_model_without_a_chat_template_says_so(local):
+    with pytest.raises(ModelError, match="no chat template"):
+        local.chat(ASK)
+
+
+def test_answers_are_kept_under_all_that_they_depend_on(folder, tmp_path):
+    model = connect(model=folder, cache=tmp_path / "a.sqlite")
+    first = model.generate("the cat", temperature=1.0, max_tokens=4, seed=1)
+    assert not first[0].cached
+    again = connect(model=folder, cache=tmp_path / "a.sqlite")
+    kept = again.generate("the cat", temperature=1.0, max_tokens=4, seed=1)
+    assert kept[0].cached
+    assert kept[0].text == first[0].text
+    assert again.usage.calls == 0
+    assert again.usage.cached == 1
+    for other in ({"seed": 2}, {"max_tokens": 5}, {"temperature": 0.5}):
+        assert not again.generate("the cat", **({"temperature": 1.0, "max_tokens": 4, "seed": 1} | other))[0].cached
+    assert np.array_equal(model.score("the", ["cat"]), again.score("the", ["cat"]))
+    assert again.token_logprobs("the cat") == model.token_logprobs("the cat")
+    (tmp_path / "broken.sqlite").write_bytes(b"no database" * 100)
+    with pytest.raises(sqlite3.DatabaseError):
+        connect(model=folder, cache=tmp_path / "broken.sqlite")
+
+
+def test_an_endpoint_is_asked_over_http_once_for_each_question(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    with protocol_server() as server:
+        model = endpoint(server, tmp_path)
+        made = model.chat(ASK, temperature=0.5, seed=7, stop=["x"])
+        assert made.text == "three two one"
+        assert (made.prompt_tokens, made.completion_tokens) == (7, 3)
+        path, body, headers = server.seen[0]
+        assert path == "/v1/chat/completions"
+        assert body["model"] == "reverser"
+        assert (body["temperature"], body["seed"], body["stop"]) == (0.5, 7, ["x"])
+        assert {name.lower(): value for name, value in headers.items()}["authorization"] == "Bearer secret-key"
+        assert model.chat(ASK, temperature=0.5, seed=7, stop=["x"]).cached
+        assert len(server.seen) == 1
+        assert model.usage.completion_tokens == 3
+        assert "secret-key" not in repr(model) + (tmp_path / "answers.sqlite").read_bytes().decode("latin-1")
+        several = model.chat_many([[{"role": "user", "content": f"{i} a"}] for i in range(20)])
+        assert [one.text for one in several] == [f"a {i}" for i in range(20)]
+
+
+def test_an_endpoint_gives_log_probabilities_and_scores():
+    with protocol_server() as server:
+        model = endpoint(server)
+        made = model.chat(ASK, logprobs=True)
+        assert [(token.text, token.start) for token in made.tokens] == [("three", 0), (" two", 5), (" one", 9)]
+        assert model.score("one two", [" three", " three four"]).tolist() == [-6.0, -11.0]
+        tokens = model.token_logprobs("one two three")
+        assert [token.logprob for token in tokens] == [None, -4.0, -6.0]
+        with pytest.raises(ScoringUnavailable, match="begin it with a space"):
+            model.score("one two", ["three"])
+
+
+@pytest.mark.parametrize("failure", [500, 429, "half", "slow"])
+def test_what_may_pass_is_tried_again_and_counted(failure):
+    with protocol_server(failure, failure) as server:
+        model = endpoint(server, timeout=0.4)
+        assert model.chat(ASK).text == "three two one"
+        assert model.usage.retries == 2
+        assert len(server.seen) == 3
+
+
+@pytest.mark.parametrize("failure", [500, 429, "half", "slow"])
+def test_what_does_not_pass_ends_within_the_bound(failure):
+    with protocol_server(*[failure] * 9, delay=0.6) as server:
+        with pytest.raises(EndpointUnavailable, match=r"127\.0\.0\.1"):
+            endpoint(server, timeout=0.2, retries=1).chat(ASK)
+        assert len(server.seen) == 2
+
+
+@pytest.mark.parametrize("failure", ["wrong JSON", "other JSON"])
+def test_an_answer_that_is_none_is_asked_for_again_within_a_bound(failure):
+    with protocol_server(failure) as server:
+        model = endpoint(server)
+        assert model.chat(ASK).text == "three two one"
+        assert model.usage.malformed == 1
+    with protocol_server(*[failure] * 9) as server:
+        with pytest.raises(EndpointUnavailable, match="something other than the protocol"):
+            endpoint(server).chat(ASK)
+        assert len(server.seen) == 3
+
+
+@pytest.mark.parametrize("status", [400, 401, 404])
+def test_a_refusal_is_told_at_once_and_without_the_key(monkeypatch, status):
+    monkeypatch.setenv("MY_KEY", "secret-key")
+    with protocol_server(*[status] * 9) as server:
+        with pytest.raises(EndpointError, match=str(status)) as told:
+            endpoint(server, api_key_env="MY_KEY").chat(ASK)
+        assert not isinstance(told.value, EndpointUnavailable)
+        assert "secret-key" not in str(told.value)
+        assert len(server.seen) == 1
+
+
+def test_log_probabilities_that_are_accepted_and_not_given_are_named():
+    with protocol_server("no logprobs", "no logprobs", 404) as server:
+        model = endpoint(server)
+        with pytest.raises(LogprobsUnavailable, match=r"127\.0\.0\.1.*gave none"):
+            model.chat(ASK, logprobs=True)
+        with pytest.raises(LogprobsUnavailable, match="gave none"):
+            model.score("one", [" two"])
+        with pytest.raises(ScoringUnavailable, match="echo"):
+            model.score("one", [" two"])
+
+
+def test_a_server_that_is_not_there_is_told():
+    with protocol_server() as server:
+        url = server.url
+    with pytest.raises(EndpointUnavailable, match="did not answer"):
+        connect(url, "m", cache=False, retries=0).chat(ASK)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda m: connect("localhost:8000", "m", cache=False), "http://localhost"),
+        (lambda m: connect("http://localhost/v1", cache=False), "name the endpoint's model"),
+        (lambda m: connect("http://localhost/v1", "m", cache=False, timeout=0.0), "timeout"),
+        (lambda m: connect("http://localhost/v1", "m", cache=False, concurrency=0), "concurrency"),
+        (lambda m: m.chat([]), "at least one message"),
+        (lambda m: m.chat([{"role": "user"}]), "a message is"),
+        (lambda m: m.chat(ASK, temperature=-1.0), "temperature"),
+        (lambda m: m.generate("the", 0), "n >= 1"),
+        (lambda m: m.generate("the", stop=[""]), "none of them empty"),
+        (lambda m: m.score("the", []), "at least one continuation"),
+        (lambda m: m.score("the", ["cat", ""]), "none of them empty"),
+        (lambda m: m.score("", ["cat"]), "no tokens"),
+        (lambda m: m.token_logprobs(""), "empty text"),
+    ],
+)
+def test_bad_input_is_told_before_anything_is_asked(local, call, text):
+    with pytest.raises(InputError, match=text):
+        call(local)
