@@ -451,6 +451,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_a_compiled_network_gives_the_same():
     # in a process of its own: the checks of shapes that tests turn on cannot be traced
     done = subprocess.run([sys.executable, "-c", _COMPILED], capture_output=True, text=True, check=False)
@@ -526,6 +527,11 @@ def test_dropout_is_on_the_input_of_the_update_alone(layer):
     assert torch.allclose(made, layer(x) + alone(F.dropout(x, 0.5)), atol=1e-5)
     made.sum().backward()
     assert all(p.grad is not None for p in adapters.trainable_parameters())
+    with torch.no_grad():
+        before = net[0].weight
+        with pytest.raises(RuntimeError):
+            net(x[:, :1])
+        assert torch.equal(net[0].weight, before)
     with torch.no_grad():
         still = net.eval()(x)
         assert torch.allclose(still, layer(x) + alone(x), atol=1e-5)

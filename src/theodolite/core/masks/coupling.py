@@ -1,6 +1,6 @@
 """Which units of a network stand or fall together: filters that are added up, their norms, and the columns that read them."""
 
-__all__ = ["Coupling", "coupled_units"]
+__all__ = ["Coupling", "coupled_units", "coupling_of"]
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from theodolite.core.errors import ModelError
 from theodolite.core.masks.trace import LAYERS, NORMS, Operation, Recording, record
+from theodolite.core.masks.transformers import is_transformer, mlps
 from theodolite.core.view import evaluation_mode
 
 _SAME = {
@@ -95,20 +96,39 @@ def coupled_units(model: nn.Module, example_input: Tensor | None = None) -> Coup
     channels of a depthwise convolution, are one unit. What reaches the network's output, or flows into something that is
     not understood, stays; `Coupling.fixed` says why.
 
-    Raises ModelError where the forward cannot be followed (see `record`; with example_input more of them can).
+    Of a Hugging Face transformer the units are the hidden numbers of its MLPs; its forward is not followed.
+
+    Raises ModelError where the forward cannot be followed (see `record`; with example_input more of them can), and for a
+    transformer whose MLPs have other names than those known.
 
     >>> found = coupled_units(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)))
     >>> found.units, found.columns["2"].tolist(), found.fixed["2"]
     (2, [0, 0, 0, 0, 1, 1, 1, 1], "they are the network's output")
     """
+    if is_transformer(model):
+        return _mlp_units(model)
     with torch.no_grad(), evaluation_mode(model):  # in train mode a batch norm would take the example in
-        recording = record(model, None if example_input is None else example_input[:1])
+        return coupling_of(record(model, None if example_input is None else example_input[:1]))
+
+
+def coupling_of(recording: Recording) -> Coupling:
+    """As `coupled_units`, of a network that has been recorded."""
     walk = _Walk()
     for operation in recording.operations:
         walk.states[operation.node] = _step(walk, operation)
     walk.freeze(walk.states[recording.output], "they are the network's output")
     _freeze_shared(walk, recording)
     return _settle(walk)
+
+
+def _mlp_units(model: nn.Module) -> Coupling:
+    rows, columns, total = dict[str, Tensor](), dict[str, Tensor](), 0
+    for mlp in mlps(model):
+        ids = torch.arange(total, total + mlp.width)
+        rows |= dict.fromkeys(mlp.writers, ids)
+        columns[mlp.reader] = ids
+        total += mlp.width
+    return Coupling(rows, columns, tuple(rows), total, {})
 
 
 def _step(walk: _Walk, operation: Operation) -> _Channels | Literal["size"] | None:

@@ -255,7 +255,7 @@ def record(model: nn.Module, example: Tensor | None = None, *, leaves: bool = Fa
     recorder = _Recorder(example, leaves)
     try:
         followed = recorder.trace(root)
-    except (TraceError, TypeError, KeyError, AttributeError) as error:
+    except (TraceError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
         hint = "" if example is not None else "; give example_input, so that conditions on shapes have an answer"
         raise ModelError(
             f"the forward of {type(model).__name__} cannot be followed step by step: {error}{hint}"

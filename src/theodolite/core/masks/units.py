@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from theodolite.core.errors import InputError, ModelError
 from theodolite.core.masks.coupling import Coupling, coupled_units
 from theodolite.core.masks.trace import LAYERS, NORMS
+from theodolite.core.masks.transformers import answer, is_transformer, set_config_width
 from theodolite.core.view import evaluation_mode
 
 
@@ -232,7 +233,8 @@ def _fitting(model: nn.Module, mask: UnitMask) -> dict[str, Any]:
 def remove_units(model: nn.Module, mask: UnitMask, example_input: Tensor | None = None) -> nn.Module:
     """A smaller copy of ``model`` without the masked units; one selection of rows and columns for each layer.
 
-    example_input: a batch on which the smaller network is compared with the masked one, None for no comparison.
+    example_input: a batch on which the smaller network is compared with the masked one, None for no comparison. A Hugging
+    Face transformer can be saved and loaded again where all its MLPs are left equally wide (scope="layer").
 
     Raises ModelError where the mask is of another network, and where the two give different outputs (a forward with
     widths written into it).
@@ -254,6 +256,8 @@ def remove_units(model: nn.Module, mask: UnitMask, example_input: Tensor | None 
             _shrink_norm(modules[name], rows)
         else:
             _shrink_layer(modules[name], rows, columns)
+    if is_transformer(smaller):
+        set_config_width(smaller)
     if example_input is not None:
         _compare(model, smaller, mask, example_input)
     return smaller
@@ -295,9 +299,9 @@ def _shrink_norm(norm: Any, rows: Tensor) -> None:
 def _compare(model: nn.Module, smaller: nn.Module, mask: UnitMask, example: Tensor) -> None:
     with torch.no_grad(), evaluation_mode(model), evaluation_mode(smaller):
         with apply_mask(model, mask):
-            wanted = model(example)
+            wanted = answer(model, example)
         try:
-            found = smaller(example)
+            found = answer(smaller, example)
         except (RuntimeError, ValueError, IndexError) as error:
             raise ModelError(
                 f"the smaller network does not run, because its forward has widths written into it: {error}"

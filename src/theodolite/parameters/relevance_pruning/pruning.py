@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from theodolite.core.curve import QualityCurve
-from theodolite.core.errors import DataError, InputError
+from theodolite.core.errors import DataError, InputError, ModelError
 from theodolite.core.masks import UnitMask, coupled_units, footprint, prune_units, remove_units
+from theodolite.core.masks.transformers import is_transformer
 from theodolite.core.parallel import seeds_for
 from theodolite.core.train import Recipe, train
 from theodolite.core.view import ModelView
-from theodolite.parameters.relevance_pruning.relevance import first_scores, read_targets
+from theodolite.parameters.relevance_pruning.relevance import first_scores
 from theodolite.parameters.relevance_pruning.scores import CRITERIA, unit_scores
+from theodolite.parameters.relevance_pruning.targets import read_targets
 from theodolite.parameters.weights import as_patterns, matches
 
 _COLUMNS = ["criterion", "fraction_units", "fraction_params", "fraction_macs", "accuracy", "loss"]
@@ -96,6 +98,7 @@ class RelevancePruner:
             raise InputError(f"step must be a share between 0 and 1, or None, got {self.step}")
         if self.fine_tune is not None and test is None:
             raise InputError("with fine_tune the accuracy needs rows of its own; give test=(X, y)")
+        _refuse_transformers(model)
         first_scores(model, x)
         chosen = draw_reference(labels, self.n_per_class, seed=self.seed)
         rest = np.setdiff1d(np.arange(len(x)), chosen)
@@ -146,6 +149,14 @@ class RelevancePruner:
             train(model, x, y, recipe=self.fine_tune)
         elif self.fine_tune is not None:
             self.fine_tune(model)
+
+
+def _refuse_transformers(model: nn.Module) -> None:
+    if is_transformer(model):
+        raise ModelError(
+            f"{type(model).__name__} is a transformer, which is pruned with unit_scores, prune_units and remove_units; what "
+            "is left of it is measured by its own loss"
+        )
 
 
 def _candidates(model: nn.Module, example: Tensor, layers: Iterable[str] | str | None) -> int:
@@ -241,6 +252,7 @@ def compare_criteria(
             f"need criteria from {', '.join(CRITERIA)}, at least one amount and repeats >= 1; "
             f"got {list(criteria)}, {amounts}, {repeats}"
         )
+    _refuse_transformers(model)
     x, y = (torch.as_tensor(part) for part in reference)
     held_out = tuple(torch.as_tensor(part) for part in test)
     rows = []

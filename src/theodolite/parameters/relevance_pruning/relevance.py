@@ -1,80 +1,20 @@
 """Layer-wise relevance propagation through a recorded network."""
 
-__all__ = ["RelevanceError", "Target", "propagate", "read_targets", "relevance"]
+__all__ = ["check_options", "first_scores", "relevance", "relevance_of", "row_parts"]
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from theodolite.core.errors import DataError, InputError, TheodoliteError
+from theodolite.core.errors import DataError, InputError
 from theodolite.core.masks.trace import LAYERS, Recording, record
+from theodolite.core.masks.transformers import is_transformer
 from theodolite.core.memory import bytes_per_row, chunks
 from theodolite.core.view import evaluation_mode
 from theodolite.parameters.relevance_pruning.rules import RULES, AffineMap, add_rule, choose_rule
-
-
-class RelevanceError(TheodoliteError, FloatingPointError):
-    """Relevance became infinite or NaN on its way through the network."""
-
-
-@dataclass(frozen=True, eq=False)
-class Target:
-    """What relevance starts from and the loss is taken of: class indices, or None of values for a single output."""
-
-    labels: Tensor | None
-    values: Tensor | None
-
-    def start(self, scores: Tensor, how: str) -> Tensor:
-        """R of the output: the score of the true class (or the one score), or 1, and 0 elsewhere."""
-        one = torch.ones_like(scores)
-        if self.labels is not None and scores.ndim == 2 and scores.shape[1] > 1:
-            one = torch.zeros_like(scores).scatter_(1, self.labels[:, None], 1.0)
-        return one if how == "one" else one * scores
-
-    def loss(self, scores: Tensor) -> Tensor:
-        """Sum over rows of cross-entropy, or half the squared error of a regression."""
-        if self.labels is not None and scores.ndim == 2 and scores.shape[1] > 1:
-            return nn.functional.cross_entropy(scores, self.labels, reduction="sum")
-        if self.labels is not None:
-            given = self.labels.to(scores).reshape(scores.shape)
-            return nn.functional.binary_cross_entropy_with_logits(scores, given, reduction="sum")
-        if self.values is None:
-            raise InputError("a loss needs targets")
-        return 0.5 * (scores - self.values.to(scores).reshape(scores.shape)).square().sum()
-
-    def __getitem__(self, rows: slice) -> "Target":
-        """The targets of some rows."""
-        return Target(
-            None if self.labels is None else self.labels[rows], None if self.values is None else self.values[rows]
-        )
-
-
-def read_targets(targets: Any, scores: Tensor, n: int) -> Target:
-    """Targets for ``n`` rows whose scores look like ``scores``.
-
-    Raises DataError for a wrong number of them, for labels that are no class and for classes given as fractions.
-    """
-    given = torch.as_tensor(targets, device=scores.device)
-    if len(given) != n or given.numel() != n:
-        raise DataError(f"need one target a row, got {tuple(given.shape)} for {n} rows")
-    given = given.reshape(n)
-    classes = scores.shape[1] if scores.ndim == 2 else 1
-    if scores.ndim > 2:
-        raise DataError(f"the network must give a row of scores for each input, it gives {tuple(scores.shape[1:])}")
-    if given.is_floating_point():
-        if classes > 1:
-            raise DataError(f"the network gives {classes} scores, so targets must be whole numbers 0..{classes - 1}")
-        return Target(None, given)
-    highest = max(classes - 1, 1)
-    if bool((given < 0).any()) or bool((given > highest).any()):
-        raise DataError(
-            f"labels must be 0..{highest}, as the network gives {classes} scores; "
-            f"they range over {int(given.min())}..{int(given.max())}"
-        )
-    return Target(given.long(), None)
+from theodolite.parameters.relevance_pruning.targets import RelevanceError, read_targets
+from theodolite.parameters.relevance_pruning.transformers import transformer_relevance
 
 
 def relevance(
@@ -100,8 +40,11 @@ def relevance(
     types of layers may have "pass", "winner" or "proportional". start: "logit" starts from the true class's score, "one"
     from 1.
 
+    A Hugging Face transformer takes token ids (n, length), or the mapping that its tokenizer returns, and as targets the
+    tokens (n, length) of its own ``labels``, -100 for none, or classes (n,); its rule is that of `transformer_relevance`.
+
     Returns {layer: R} with R float32 of the output's shape (after a folded batch norm), and "input". A layer that is used
-    again has "NAME@2" for its second use.
+    again has "NAME@2" for its second use. Of a transformer R of the hidden numbers of each MLP, and of the embeddings.
 
     Raises UnsupportedLayerError, DataError (targets) and RelevanceError where R is not finite.
     Source: Yeom et al., 2021, arXiv:1912.08881, eq. 4.
@@ -111,17 +54,35 @@ def relevance(
     >>> relevance(net, torch.tensor([[2.0, 1.0]]), [0])["0"]
     tensor([[2., 3.]])
     """
-    x = torch.as_tensor(inputs)
-    check_options(rule, start)
+    check_options(model, rule, start)
+    found = _followed(model, inputs, targets, rule=rule, start=start, memory=memory)
+    if is_transformer(model):
+        found = transformer_relevance(model, inputs, targets, start=start, memory=memory)
     pieces: dict[str, list[Tensor]] = {}
-    for piece in propagate(model, x, targets, rule=rule, start=start, memory=memory):
-        for name, part in piece.items():
-            pieces.setdefault(name, []).append(part.float())
+    for piece in found:
+        for name, R in piece.items():
+            pieces.setdefault(name, []).append(R.float())
     return {name: torch.cat(parts) for name, parts in pieces.items()}
 
 
-def check_options(rule: object, start: object) -> None:
-    """Raise InputError for a rule or a start that does not exist."""
+def _followed(
+    model: nn.Module, inputs: object, targets: object, *, rule: str | Mapping[str, str], start: str, memory: int | None
+) -> Iterator[dict[str, Tensor]]:
+    """As `relevance`, one chunk of rows after the other."""
+    x = torch.as_tensor(inputs)
+    target = read_targets(targets, first_scores(model, x), len(x))
+    for part in row_parts(model, x, memory):
+        with torch.no_grad(), evaluation_mode(model):
+            recording = record(model, x[part])
+            yield relevance_of(recording, target[part].start(recording.output.meta["value"], start), rule)
+
+
+def check_options(model: nn.Module, rule: object, start: object) -> None:
+    """Raise InputError for a rule or a start that does not exist, or a rule for a transformer, which has its own."""
+    if is_transformer(model) and rule != "zplus":
+        raise InputError(
+            f"{type(model).__name__} is a transformer, whose relevance has one rule of its own; leave rule out"
+        )
     rules = rule.values() if isinstance(rule, Mapping) else [rule]
     wrong = [given for given in rules if given not in RULES]
     if wrong or (isinstance(rule, str) and rule not in ("zplus", "epsilon")):
@@ -150,26 +111,8 @@ def row_parts(model: nn.Module, x: Tensor, memory: int | None) -> Iterator[slice
     yield from chunks(len(x), cost, memory)
 
 
-def propagate(
-    model: nn.Module,
-    x: Tensor,
-    targets: object,
-    *,
-    rule: str | Mapping[str, str] = "zplus",
-    start: str = "logit",
-    memory: int | None = None,
-) -> Iterator[dict[str, Tensor]]:
-    """As `relevance`, one chunk of rows after the other."""
-    target = read_targets(targets, first_scores(model, x), len(x))
-    for part in row_parts(model, x, memory):
-        with evaluation_mode(model):
-            with torch.no_grad():
-                recording = record(model, x[part])
-            scores = recording.output.meta["value"]
-            yield _back(recording, target[part].start(scores, start), rule)
-
-
-def _back(recording: Recording, start: Tensor, rule: str | Mapping[str, str]) -> dict[str, Tensor]:
+def relevance_of(recording: Recording, start: Tensor, rule: str | Mapping[str, str]) -> dict[str, Tensor]:
+    """As `relevance`, of the rows that were recorded; start: relevance of their output."""
     norms = recording.joined_norms()
     folded = {norm.node for norm in norms.values()}
     chosen = {op.node: choose_rule(op, rule) for op in recording.operations if op.sources}

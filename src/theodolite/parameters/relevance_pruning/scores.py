@@ -15,15 +15,18 @@ from torch import Tensor, nn
 
 from theodolite.core.errors import DataError, InputError
 from theodolite.core.masks import Coupling, coupled_units
-from theodolite.core.masks.trace import LAYERS, record
+from theodolite.core.masks.coupling import coupling_of
+from theodolite.core.masks.trace import LAYERS, Recording, record
+from theodolite.core.masks.transformers import is_transformer
 from theodolite.core.view import evaluation_mode
 from theodolite.parameters.relevance_pruning.relevance import (
     check_options,
     first_scores,
-    propagate,
-    read_targets,
+    relevance_of,
     row_parts,
 )
+from theodolite.parameters.relevance_pruning.targets import Target, read_targets
+from theodolite.parameters.relevance_pruning.transformers import transformer_gradients, transformer_relevance
 from theodolite.parameters.weights import as_patterns, matches
 
 CRITERIA = ("lrp", "weight", "taylor", "gradient", "random")
@@ -53,7 +56,8 @@ def unit_scores(
         random    uniform numbers from ``seed``
 
     layers: names or patterns, None for all. rule, start: of lrp. abs: sum |R| in place of R. Runs in eval mode and puts the
-    mode back.
+    mode back. Of a Hugging Face transformer the units are the hidden numbers of its MLPs, and X and y are as in `relevance`;
+    a unit's score stands at the layer that writes it linearly (with "weight" and "random" at every layer that writes it).
 
     Warns where a class has no reference row. Raises DataError for no rows or labels that are no class, InputError for an
     unknown criterion or layer, and what `relevance` raises.
@@ -66,31 +70,36 @@ def unit_scores(
     """
     if criterion not in CRITERIA:
         raise InputError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
-    check_options(rule, start)
+    check_options(model, rule, start)
     batches = list(_batches(data))
-    names = _chosen(coupled_units(model, batches[0][0][:1]), layers)
-    modules: dict[str, Any] = dict(model.named_modules())
     if criterion in ("weight", "random"):
+        modules: dict[str, Any] = dict(model.named_modules())
+        names = _chosen(coupled_units(model, None if is_transformer(model) else batches[0][0][:1]), layers)
         if criterion == "weight":
             total = {name: _incoming(modules[name]) for name in names}
             return {name: _divided(score, float(score.sum())) for name, score in total.items()}
         generator = torch.Generator().manual_seed(seed)
         return {name: torch.rand(len(_incoming(modules[name])), generator=generator) for name in names}
-    _warn_of_missing_classes(model, batches)
+    parts = _transformer_parts if is_transformer(model) else _network_parts
+    total, names = dict[str, Tensor](), None
+    for coupling, found in parts(model, batches, criterion, rule=rule, start=start, absolute=abs, memory=memory):
+        if coupling is not None:
+            names = _chosen(coupling, layers)
+        for name in found.keys() & set(names or ()):
+            total[name] = total[name] + found[name] if name in total else found[name]
+    in_order = {name: total[name] for name in names or () if name in total}
     if criterion == "lrp":
-        options = {"rule": rule, "start": start, "memory": memory}
-        return _relevance_scores(model, batches, names, absolute=abs, options=options)
-    found = _gradient_scores(model, batches, names, times_output=criterion == "taylor", memory=memory)
-    return {name: _divided(score, float(score.norm())) for name, score in found.items()}
+        return {name: score.float() for name, score in in_order.items()}
+    return {name: _divided(score.abs().float(), float(score.norm())) for name, score in in_order.items()}
 
 
-def _batches(data: Any) -> Iterator[tuple[Tensor, Any]]:
+def _batches(data: Any) -> Iterator[tuple[Any, Any]]:
     pair = isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data[0], (tuple, list))
     some = False
     for batch in [data] if pair else data:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise DataError(f"data must be (X, y) or a loader of such pairs, got {type(batch).__name__}")
-        x = torch.as_tensor(batch[0])
+        x = batch[0] if isinstance(batch[0], Mapping) else torch.as_tensor(batch[0])
         if len(x) > 0:
             some = True
             yield x, batch[1]
@@ -119,7 +128,7 @@ def _warn_of_missing_classes(model: nn.Module, batches: list[tuple[Tensor, Any]]
     missing = sorted(set(range(classes)) - set(torch.cat(labels).unique().tolist()))
     if missing:
         shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-        warnings.warn(f"{len(missing)} of {classes} classes have no reference row: {shown}", stacklevel=3)
+        warnings.warn(f"{len(missing)} of {classes} classes have no reference row: {shown}", stacklevel=4)
 
 
 def _incoming(layer: Any) -> Tensor:
@@ -130,46 +139,90 @@ def _divided(score: Tensor, by: float) -> Tensor:
     return score / by if by > 0 else score
 
 
-def _per_unit(tensor: Tensor, layer: nn.Module) -> Tensor:
-    """Sum over rows and positions, in double precision."""
+def _per_unit(tensor: Tensor, layer: nn.Module | None) -> Tensor:
+    """Sum over positions, and in double precision over rows."""
     axis = tensor.ndim - 1 if isinstance(layer, nn.Linear) else 1
-    return tensor.double().sum(dim=[d for d in range(tensor.ndim) if d != axis])
+    positions = [d for d in range(1, tensor.ndim) if d != axis]
+    return (tensor.sum(dim=positions) if positions else tensor).double().sum(dim=0)
 
 
-def _relevance_scores(
-    model: nn.Module, batches: list[tuple[Tensor, Any]], names: list[str], *, absolute: bool, options: dict[str, Any]
-) -> dict[str, Tensor]:
-    modules, total = dict(model.named_modules()), dict[str, Tensor]()
-    for x, y in batches:
-        for found in propagate(model, x, y, **options):
-            for key, R in found.items():
-                name = key.split("@")[0]
-                if name in names:
-                    part = _per_unit(R.abs() if absolute else R, modules[name])
-                    total[name] = total[name] + part if name in total else part
-    return {name: total[name].float() for name in names}
+_Parts = Iterator[tuple[Coupling | None, dict[str, Tensor]]]
+"""For each chunk of rows the sums of each unit, in double precision; with the first chunk how the units hang together."""
 
 
-def _gradient_scores(
-    model: nn.Module, batches: list[tuple[Tensor, Any]], names: list[str], *, times_output: bool, memory: int | None
-) -> dict[str, Tensor]:
-    """| mean of dL/dz | or of z dL/dz, by unit; the mean over positions is a sum here, which is the same up to a factor."""
-    total = dict[str, Tensor]()
+def _network_parts(
+    model: nn.Module,
+    batches: list[tuple[Any, Any]],
+    criterion: str,
+    *,
+    memory: int | None,
+    absolute: bool,
+    **options: Any,
+) -> _Parts:
+    _warn_of_missing_classes(model, batches)
+    gradients, first = criterion != "lrp", True
     for x, y in batches:
         target = read_targets(y, first_scores(model, x), len(x))
         for part in row_parts(model, x, memory):
-            with evaluation_mode(model), torch.enable_grad():
-                recording = record(model, x[part], leaves=True)
-                norms = recording.joined_norms()
-                steps = [op for op in recording.operations if isinstance(op.module, LAYERS) and op.name in names]
-                outputs = [norms.get(op.node, op).value for op in steps]
-                loss = target[part].loss(recording.output.meta["value"])
-                gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
-            for op, z, g in zip(steps, outputs, gradients, strict=True):
-                g = torch.zeros_like(z) if g is None else g
-                each = _per_unit(z.detach() * g if times_output else g, op.module)  # type: ignore[arg-type]
-                total[op.name] = total[op.name] + each if op.name in total else each
-    return {name: total[name].abs().float() for name in names}
+            with evaluation_mode(model), torch.set_grad_enabled(gradients):
+                recording = record(model, x[part], leaves=gradients)
+                if gradients:
+                    found = _gradient_sums(recording, target[part], times_output=criterion == "taylor")
+                else:
+                    found = _relevance_sums(recording, target[part], absolute=absolute, **options)
+            yield coupling_of(recording) if first else None, found
+            first = False
+
+
+def _relevance_sums(
+    recording: Recording, target: Target, *, rule: str | Mapping[str, str], start: str, absolute: bool
+) -> dict[str, Tensor]:
+    modules = {op.name: op.module for op in recording.operations if isinstance(op.module, LAYERS)}
+    total = dict[str, Tensor]()
+    for key, R in relevance_of(recording, target.start(recording.output.meta["value"], start), rule).items():
+        name = key.split("@")[0]
+        if name in modules:
+            part = _per_unit(R.abs() if absolute else R, modules[name])
+            total[name] = total[name] + part if name in total else part
+    return total
+
+
+def _gradient_sums(recording: Recording, target: Target, *, times_output: bool) -> dict[str, Tensor]:
+    """Sums of dL/dz or z dL/dz; where the mean over positions is meant the sum is the same up to a factor of the layer."""
+    norms, total = recording.joined_norms(), dict[str, Tensor]()
+    steps = [op for op in recording.operations if isinstance(op.module, LAYERS)]
+    outputs = [norms.get(op.node, op).value for op in steps]
+    loss = target.loss(recording.output.meta["value"])
+    gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
+    for op, z, g in zip(steps, outputs, gradients, strict=True):
+        g = torch.zeros_like(z) if g is None else g
+        each = _per_unit(z.detach() * g if times_output else g, op.module)
+        total[op.name] = total[op.name] + each if op.name in total else each
+    return total
+
+
+def _transformer_parts(
+    model: nn.Module,
+    batches: list[tuple[Any, Any]],
+    criterion: str,
+    *,
+    rule: object,
+    start: str,
+    absolute: bool,
+    memory: int | None,
+) -> _Parts:
+    coupling: Coupling | None = coupled_units(model)
+    for x, y in batches:
+        if criterion == "lrp":
+            found = transformer_relevance(model, x, y, start=start, memory=memory)
+            sums = ({name: R.abs() if absolute else R for name, R in piece.items()} for piece in found)
+        else:
+            pairs = transformer_gradients(model, x, y, memory=memory)
+            times = criterion == "taylor"
+            sums = ({name: z * g if times else g for name, (z, g) in piece.items()} for piece in pairs)
+        for piece in sums:
+            yield coupling, {name: value.double().flatten(0, -2).sum(dim=0) for name, value in piece.items()}
+            coupling = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ __all__ = ["Adapted", "Site", "TuckerAdapters"]
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -26,7 +26,7 @@ _LINEAR_IN_INPUT = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Adapted(nn.Module):
-    """The parametrization of one weight: W + Delta W, or Delta W alone while dropout acts on it.
+    """The parametrization of one weight: W + Delta W; while a layer works with dropout, W and then Delta W on their own.
 
     update: may be shared by tied weights, or by a stack of weights of which this is row ``index``. In eval mode without
     gradients the update is computed once and kept until its numbers change.
@@ -34,13 +34,16 @@ class Adapted(nn.Module):
 
     def __init__(self, update: Delta, index: int | None = None) -> None:
         super().__init__()
-        self.update, self.index, self.alone = update, index, False
+        self.update, self.index = update, index
+        self.part: Literal["both", "base", "update"] = "both"
         self._kept: tuple[list[Tensor], Tensor] | None = None
 
     def forward(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The weight that the layer works with."""
+        if self.part == "base":
+            return weight
         change = self._change().to(weight.dtype)
-        return change if self.alone else weight + change
+        return change if self.part == "update" else weight + change
 
     def _change(self) -> Tensor:
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -239,12 +242,11 @@ class TuckerAdapters:
         if self.statistics == "freeze":
             self._hooks += [norm.register_forward_pre_hook(_keep_statistics) for _, norm in self._norms]
         if self.dropout > 0:
-            self._hooks += [
-                module.register_forward_hook(partial(_drop, dropout=self.dropout))
-                for site in self._sites
-                for module, attribute in site.owners
-                if isinstance(module, _LINEAR_IN_INPUT) and attribute == "weight"
-            ]
+            drop = partial(_drop, dropout=self.dropout)
+            for module in [owner for site in self._sites for owner, attribute in site.owners if attribute == "weight"]:
+                if isinstance(module, _LINEAR_IN_INPUT):
+                    self._hooks.append(module.register_forward_pre_hook(_hold_back))
+                    self._hooks.append(module.register_forward_hook(drop, always_call=True))
 
     def _unhook(self) -> None:
         for hook in self._hooks:
@@ -262,18 +264,32 @@ def _keep_statistics(module: nn.Module, args: object) -> None:
     module.eval()
 
 
-def _drop(module: nn.Module, args: tuple[Any, ...], output: Tensor, *, dropout: float) -> Tensor | None:
-    """The layer's answer with dropout on the input x of the update alone: f(x; W + D) + f(drop(x) - x; D), f linear in both."""
-    lists: Any = module.parametrizations
-    adapted = lists.weight[0]
-    if adapted.alone or not module.training:
+def _hold_back(module: nn.Module, args: object) -> None:
+    """Before a layer works in training: the update waits for its own call. A layer that is not called has both at once."""
+    adapted = _adapted(module)
+    if module.training and adapted.part == "both":
+        adapted.part = "base"
+
+
+def _drop(module: nn.Module, args: tuple[Any, ...], output: Tensor | None, *, dropout: float) -> Tensor | None:
+    """The layer's answer with dropout on the input x of the update alone: f(x; W) + f(drop(x); Delta W), f linear in both."""
+    adapted = _adapted(module)
+    if adapted.part != "base":
         return None
-    x, weight, bias = args[0], module.weight, module.bias
-    adapted.alone = True
+    adapted.part = "both"
+    if output is None:  # the layer failed
+        return None
+    bias = module.bias
+    adapted.part = "update"
     try:
-        change = module(functional.dropout(x, dropout) - x)
+        change = module(functional.dropout(args[0], dropout))
     finally:
-        adapted.alone = False
-    if isinstance(bias, Tensor) and isinstance(weight, Tensor):  # the second call added it once more
-        change = change - bias.view(-1, *[1] * (weight.ndim - 2))
+        adapted.part = "both"
+    if isinstance(bias, Tensor):  # the second call added it once more; its axis is that of the channels, from the end
+        change = change - bias.view(-1, *[1] * (len(adapted.update.shape) - (2 if adapted.index is None else 3)))
     return output + change
+
+
+def _adapted(module: nn.Module) -> Adapted:
+    lists: Any = module.parametrizations
+    return lists.weight[0]

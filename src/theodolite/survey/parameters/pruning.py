@@ -15,6 +15,7 @@ from theodolite.parameters.relevance_pruning import CRITERIA, compare_criteria, 
 from theodolite.survey.chart import Budget, Needs, chart
 from theodolite.survey.figures import INKS, band_line, blank, level_line
 from theodolite.survey.finding import Finding
+from theodolite.survey.parameters import pruning_language
 
 _AMOUNTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 _DRAWS = 5
@@ -28,6 +29,8 @@ _WORDS = {
 
 def _not_followed(subject: Subject) -> str | None:
     """Why relevance cannot be followed through this network, None where it can."""
+    if subject.is_language_model:
+        return pruning_language.not_followed(subject)
     train = subject.data.train
     one = draw_reference(train.y, 1, seed=0)
     try:
@@ -40,6 +43,8 @@ def _not_followed(subject: Subject) -> str | None:
 
 def _forecast(subject: Subject) -> float:
     """Seconds for all criteria and amounts, from the time of one pass over a batch."""
+    if subject.is_language_model:
+        return pruning_language.forecast(subject)
     rows = subject.data.validation.x[:128]
     with evaluation_mode(subject.predictor), torch.no_grad():
         subject.predictor(rows)
@@ -67,11 +72,13 @@ def _of(records: list[dict[str, Any]], column: str, criterion: str, amount: floa
 
 @chart(
     "relevance-pruning",
-    needs=Needs(network=True, task="classification", test=_not_followed),
+    needs=Needs(network=True, language_model=None, task="classification", test=_not_followed),
     cost=_forecast,
 )
 def relevance_pruning(subject: Subject, budget: Budget) -> Finding:
     """How many units can go at once without training again, by five criteria; chosen on validation, told on test rows."""
+    if subject.is_language_model:
+        return pruning_language.units_of_a_language_model(subject, budget)
     validation = _measured(subject, "validation", list(_AMOUNTS), budget.seed)
     whole = subject.quality(part="validation").value
     enough = [amount for amount in _AMOUNTS if _of(validation, "accuracy", "lrp", amount).mean() >= whole - _LOST]
