@@ -111,11 +111,12 @@ class SubjectFlags:
             model=self.model or "auto",
             data=self.data,
             weights=self.weights,
-            options=self._options(),
+            options=self.options(),
             epochs=self.epochs,
         )
 
-    def _options(self) -> Any:
+    def options(self) -> Any:
+        """What the flags say about the data, as `theodolite.load_subject` takes it."""
         from theodolite.core.loading import DataOptions
 
         return DataOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(DataOptions)})

@@ -4,7 +4,8 @@
 
     dense     P_ij ~ N(0, 1), columns normalised; memory D d
     sparse    P_ij = +-1 with probability 1/sqrt(D), else 0, columns normalised by their own norm; d sqrt(D) entries
-    fastfood  P = (1/s) H G Pi H B on vectors padded to L = 2^ceil(log2 D), s = sqrt(L sum(G^2)) sqrt(D / L); memory L
+    fastfood  P = (1/s) H G Pi H B on vectors padded to L = 2^ceil(log2 D), s = sqrt(L sum(G^2)) sqrt(D / L); memory L,
+              the inner H on 2^ceil(log2 d) numbers only
     hashed    row i has one entry sign_i / sqrt(count of h(i)) in column h(i), h balanced; memory D
 
 The first three are the paper's; in "hashed" every coordinate owns floor(D/d) or ceil(D/d) weights, the columns are
@@ -30,6 +31,7 @@ from theodolite.core.memory import chunks
 _LARGEST_DENSE = 100_000_000
 _DRAWS = 1 << 20
 _CACHE = 1 << 23
+_BITS = 6
 
 
 class LinearMap(nn.Module):
@@ -162,12 +164,18 @@ class _Sparse(LinearMap):
         )
 
     def _apply_map(self, z: Tensor) -> Tensor:
-        out = z.new_zeros(*z.shape[:-1], self.shape[0])
-        return out.index_add(-1, self.rows, z[..., self.columns] * self.values)
+        return _summed_at(z[..., self.columns] * self.values, self.rows, self.shape[0])
 
     def _apply_adjoint(self, g: Tensor) -> Tensor:
-        out = g.new_zeros(*g.shape[:-1], self.shape[1])
-        return out.index_add(-1, self.columns, g[..., self.rows] * self.values)
+        return _summed_at(g[..., self.rows] * self.values, self.columns, self.shape[1])
+
+
+def _summed_at(x: Tensor, index: Tensor, size: int) -> Tensor:
+    """(..., size): entry j sums the numbers of x (..., n) whose index is j; the adjoint of ``index_select``."""
+    zeros = x.new_zeros(*x.shape[:-1], size)
+    if x.ndim == 1:
+        return zeros.index_add(0, index, x)
+    return zeros.scatter_add(-1, index.long().expand(x.shape), x)  # index_add is an order slower on a batch
 
 
 def _bernoulli_positions(n: int, p: float, rng: np.random.Generator) -> np.ndarray:
@@ -183,62 +191,55 @@ def _bernoulli_positions(n: int, p: float, rng: np.random.Generator) -> np.ndarr
 
 class _Fastfood(LinearMap):
     signs: Tensor
-    permutation: Tensor
-    inverse: Tensor
+    index: Tensor
     gaussian: Tensor
 
     def __init__(self, d: int, D: int, seed: int, dtype: torch.dtype) -> None:
         super().__init__(d, D)
         rng = np.random.default_rng(seed)
-        L = _padded(D)
-        permutation = torch.from_numpy(rng.permutation(L))
-        self._keep(
-            signs=torch.from_numpy(rng.integers(0, 2, L) * 2.0 - 1).to(dtype),
-            permutation=permutation,
-            inverse=torch.argsort(permutation),
-            gaussian=torch.from_numpy(rng.standard_normal(L)).to(dtype),
+        L, short = _padded(D), _padded(d)
+        permutation = rng.permutation(L).astype(np.int32)
+        signs = torch.from_numpy(rng.integers(0, 2, L) * 2.0 - 1).to(dtype)
+        gaussian = torch.from_numpy(rng.standard_normal(L)).to(dtype)
+        self._keep(  # H B z repeats itself after `short` entries, so the permutation is known by where in one tile it reads
+            signs=signs[:d].clone(),
+            index=torch.from_numpy(permutation % short),
+            gaussian=gaussian / _fastfood_scale(gaussian, D),
         )
 
     def _apply_map(self, z: Tensor) -> Tensor:
-        return fastfood(z, self.shape[0], signs=self.signs, permutation=self.permutation, gaussian=self.gaussian)
+        return _hadamard(_one_tile(z, self.signs).index_select(-1, self.index) * self.gaussian)[..., : self.shape[0]]
 
     def _apply_adjoint(self, g: Tensor) -> Tensor:
         D, d = self.shape
-        padded = nn.functional.pad(g / _fastfood_scale(self.gaussian, D), (0, len(self.signs) - D))
-        moved = (_hadamard(padded) * self.gaussian)[..., self.inverse]
-        return (_hadamard(moved) * self.signs)[..., :d]
+        padded = nn.functional.pad(g, (0, len(self.gaussian) - D))
+        tile = _summed_at(_hadamard(padded) * self.gaussian, self.index, _padded(d))
+        return _hadamard(tile)[..., :d] * self.signs
 
 
 class _Hashed(LinearMap):
-    order: Tensor
     place: Tensor
-    signs: Tensor
     scale: Tensor
 
     def __init__(self, d: int, D: int, seed: int, dtype: torch.dtype) -> None:
         super().__init__(d, D)
         rng = np.random.default_rng(seed)
-        order = rng.permutation(D)  # the weight at place p belongs to coordinate p mod d
         place = np.empty(D, dtype=np.int32)
-        place[order] = np.arange(D, dtype=np.int32)
+        place[rng.permutation(D)] = np.arange(D, dtype=np.int32)  # the weight at place p belongs to coordinate p mod d
+        positive = rng.integers(0, 2, D, dtype=np.int64) == 1
         count = D // d + (np.arange(d) < D % d)
-        self._keep(
-            order=torch.from_numpy(order.astype(np.int32)),
-            place=torch.from_numpy(place),
-            signs=torch.from_numpy(rng.integers(0, 2, D) * 2.0 - 1).to(dtype),
+        self._keep(  # 4 bytes a weight: which of the 2 d numbers (z, -z) it takes
+            place=torch.from_numpy((place % d + np.where(positive, 0, d)).astype(np.int32)),
             scale=torch.from_numpy(1 / np.sqrt(count)).to(dtype),
         )
 
     def _apply_map(self, z: Tensor) -> Tensor:
-        D, d = self.shape
-        tiled = (z * self.scale).repeat(*[1] * (z.ndim - 1), -(-D // d))
-        return tiled.index_select(-1, self.place) * self.signs
+        scaled = z * self.scale
+        return torch.cat([scaled, -scaled], dim=-1).index_select(-1, self.place)
 
     def _apply_adjoint(self, g: Tensor) -> Tensor:
-        D, d = self.shape
-        moved = (g * self.signs).index_select(-1, self.order)
-        padded = nn.functional.pad(moved, (0, -D % d))
-        return padded.unflatten(-1, (-1, d)).sum(dim=-2) * self.scale
+        plus, minus = _summed_at(g, self.place, 2 * self.shape[1]).tensor_split(2, dim=-1)
+        return (plus - minus) * self.scale
 
 
 KINDS: dict[str, type[LinearMap]] = {"dense": _Dense, "sparse": _Sparse, "fastfood": _Fastfood, "hashed": _Hashed}
@@ -301,20 +302,24 @@ class _Hadamard(torch.autograd.Function):
 
 
 def _hadamard(x: Tensor) -> Tensor:
-    """log2 L butterfly steps: half of them down the columns of a square, half across, so that each adds long rows."""
+    """H x as products with small Hadamard matrices, one for each axis of x folded into a cube: H_mn = H_m kron H_n.
+
+    Each product takes the first axis and puts it last, so that after all of them the order is the old one. A matrix product
+    with 64 terms is far faster than six passes of sums and differences through memory.
+    """
     bits = x.shape[-1].bit_length() - 1
-    square = _butterflies(x.unflatten(-1, (1 << bits // 2, 1 << (bits - bits // 2))))
-    return _butterflies(square.mT.contiguous()).mT.flatten(-2)
-
-
-def _butterflies(x: Tensor) -> Tensor:
-    """H along the second last axis."""
-    half = x.shape[-2] // 2
-    while half:
-        a, b = x.unflatten(-2, (-1, 2, half)).unbind(-3)
-        x = torch.stack((a + b, a - b), dim=-3).flatten(-4, -2)
-        half //= 2
+    for part in range(0, bits, _BITS):
+        size = 1 << min(_BITS, bits - part)
+        x = (x.unflatten(-1, (size, -1)).mT @ _hadamard_matrix(size, x)).flatten(-2)
     return x
+
+
+def _hadamard_matrix(size: int, like: Tensor) -> Tensor:
+    matrix = like.new_ones(1, 1)
+    while len(matrix) < size:
+        pair = torch.cat([matrix, matrix], dim=1)
+        matrix = torch.cat([pair, torch.cat([matrix, -matrix], dim=1)])
+    return matrix
 
 
 def fastfood(
@@ -327,14 +332,22 @@ def fastfood(
 ) -> Float[Tensor, "*batch weight"]:
     """(1/s) H G Pi H B x, first D entries; s = sqrt(L sum(G^2)) sqrt(D / L), so that columns have norm 1 (exactly at D = L).
 
-    x (..., d) is padded with zeros to L; (Pi v)_i = v_permutation(i). Raises InputError where d or D exceed L.
+    x (..., d) counts as padded with zeros to L; (Pi v)_i = v_permutation(i). Such a vector is e_1 kron x' with x' of length
+    d' = 2^ceil(log2 d), and H_L = H_(L/d') kron H_d', so H B x is the transform of d' numbers, repeated L / d' times: one
+    of the two long transforms becomes a short one, exactly. Raises InputError where d or D exceed L.
     """
     L = len(signs)
-    if x.shape[-1] > L or not 1 <= D <= L:
-        raise InputError(f"need d <= L and 1 <= D <= L = {L}, got d = {x.shape[-1]} and D = {D}")
-    padded = nn.functional.pad(x, (0, L - x.shape[-1])) * signs
-    mixed = fwht(padded)[..., permutation] * gaussian
+    if not 1 <= x.shape[-1] <= L or not 1 <= D <= L:
+        raise InputError(f"need 1 <= d <= L and 1 <= D <= L = {L}, got d = {x.shape[-1]} and D = {D}")
+    tile = _one_tile(x, signs)
+    mixed = tile[..., permutation & (tile.shape[-1] - 1)] * gaussian
     return fwht(mixed)[..., :D] / _fastfood_scale(gaussian, D)
+
+
+def _one_tile(x: Tensor, signs: Tensor) -> Tensor:
+    """H B x up to where it repeats itself."""
+    d = x.shape[-1]
+    return fwht(nn.functional.pad(x * signs[:d], (0, _padded(d) - d)))
 
 
 def _fastfood_scale(gaussian: Tensor, D: int) -> Tensor:
