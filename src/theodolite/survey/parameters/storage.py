@@ -95,15 +95,23 @@ class _Learner:
         """Quality on one part; of a training that collapsed that of knowing nothing."""
         return self.subject.data.chance if model is None else self.subject.quality(model, part=part).value  # type: ignore[arg-type]
 
-    def runs(self, method: str, compression: float, seeds: range) -> list[float]:
-        """Quality on test rows by seed, at the step size that the first seed does best with on validation; [] if too small."""
-        if self._start(method, compression, seeds[0]) is None:
-            return []
+    def runs(self, method: str, seeds: range) -> dict[float, list[float]]:
+        """Quality on test rows by compression and seed, [] where the method cannot be that small.
+
+        The step size is the one that the first seed does best with on validation rows, at the compression that is shown.
+        """
         steps = _SUBSPACE_STEPS if method == "subspace" else _STEPS
-        first = {step: self._trained(method, compression, seeds[0], step) for step in steps}
-        step = max(steps, key=lambda one: self._quality(first[one], "validation"))
-        others = [self._trained(method, compression, seed, step) for seed in seeds[1:]]
-        return [self._quality(model, "test") for model in (first[step], *others)]
+        tried = {step: self._trained(method, _SHOWN, seeds[0], step) for step in steps}
+        step = max(steps, key=lambda one: self._quality(tried[one], "validation"))
+        made = dict[float, list[float]]()
+        for compression in _COMPRESSIONS:
+            if self._start(method, compression, seeds[0]) is None:
+                made[compression] = []
+                continue
+            first = tried[step] if compression == _SHOWN else self._trained(method, compression, seeds[0], step)
+            models = (first, *(self._trained(method, compression, seed, step) for seed in seeds[1:]))
+            made[compression] = [self._quality(model, "test") for model in models]
+        return made
 
 
 def _low_rank(build: Callable[[], nn.Module], compression: float, seed: int) -> nn.Module | None:
@@ -140,7 +148,7 @@ def _too_small(subject: Subject) -> str | None:
 @chart(
     "parameter-sharing",
     needs=Needs(network=True, retrainable=True, test=_too_small),
-    cost=trainings(len(_WORDS) * len(_COMPRESSIONS) * (1 + _SEEDS) * 1.3),
+    cost=trainings(len(_WORDS) * (len(_COMPRESSIONS) * _SEEDS + 1) * 1.3),
 )
 def parameter_sharing(subject: Subject, budget: Budget) -> Finding:
     """Quality of networks that store a quarter, a twentieth and a hundredth of their weights, by which are stored."""
@@ -148,7 +156,7 @@ def parameter_sharing(subject: Subject, budget: Budget) -> Finding:
     seeds = range(budget.seed, budget.seed + _SEEDS)
     total = sum(weight.parameter.numel() for weight in weight_tensors(learner.build(budget.seed)))
     stored = {c: max(1, int(total / c)) for c in _COMPRESSIONS}
-    runs = {method: {c: learner.runs(method, c, seeds) for c in _COMPRESSIONS} for method in _WORDS}
+    runs = {method: learner.runs(method, seeds) for method in _WORDS}
     curves = {
         method: QualityCurve.from_runs(
             {stored[c]: found for c, found in by_size.items() if found}, chance=chance, reference=full.value,
@@ -187,8 +195,8 @@ def parameter_sharing(subject: Subject, budget: Budget) -> Finding:
         figure=_figure(curves, full.value, chance, subject.metric, total, budget.seed),
         reading="Fresh networks are trained that may store only so many numbers for their weights: an array that all weights are "
         "read from, coordinates of a random subspace, low-rank changes, or the weights that two rules leave before training. "
-        "Each has the better of two step sizes, found on validation rows; bands span the seeds. Below, how many weights read "
-        "each number of the array: the fold used here spreads them evenly, independent hashing does not.",
+        "Each has the better of two step sizes, found on validation rows at the middle size; bands span the seeds. Below, how "
+        "many weights read each number of the array: the fold used here spreads them evenly, independent hashing does not.",
         advice=_advice(kept),
         seed=budget.seed,
         caveats=(
