@@ -63,7 +63,7 @@ def survey(
         subject = flags.load()
     quality = subject.quality()
     console.print(f"[bold]{escape(subject.name)}[/]: {escape(subject.description)}")
-    console.print(f"test {subject.metric} {quality}, chance {subject.data.chance:.3g}")
+    console.print(f"on test rows {quality}, chance {subject.data.chance:.3g}")
     progress = Progress(
         SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
     )
