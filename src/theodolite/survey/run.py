@@ -156,7 +156,7 @@ def _one(
     started = time.perf_counter()
     asking = subject.with_holdout(holdout_of(subject, step.slug, seed=seed, ledger=atlas.ledger))
     try:
-        finding = measure(step.slug, asking, seed=seed, seconds=left, memory=memory)
+        finding = measure(step.slug, asking, seed=seed, memory=memory)  # as its line of Python does
     except DiskError:
         raise
     except _CHART_ERRORS as error:
