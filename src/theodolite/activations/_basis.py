@@ -6,23 +6,29 @@ C^+ = Lambda^{-1/2} V^T D^{1/2} U^T, so that C^T G C = Lambda and C^+ K C^{+T} =
 """
 
 __all__ = [
+    "AT_ONCE",
     "BASELINES",
     "ActivationPrecisionWarning",
     "DegenerateLayerError",
     "LayerBasis",
     "RankWarning",
     "baseline_layer",
-    "edge_strengths",
+    "batches",
+    "cast_layer",
+    "centred_gram",
+    "check_rtol",
     "effective_rank",
+    "identity_layer",
     "jacobian_grams",
     "layer_basis",
     "node_moments",
+    "valid_positions",
 ]
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -95,6 +101,19 @@ class LayerBasis:
     def inverse_transform(self, z: Tensor) -> Float[Tensor, "... d"]:
         """Activations of features (..., k), k <= r; features that are left out are 0, that is at the mean."""
         return self.mean + z.to(self.C) @ self.C_pinv[: z.shape[-1]]
+
+    @property
+    def directions(self) -> Float[Tensor, "r d"]:
+        """The direction in hidden space of each feature: with `encode` and `decode` this basis is a `Dictionary`."""
+        return self.C_pinv
+
+    def encode(self, x: Tensor) -> Float[Tensor, "... r"]:
+        """Features of activations, as `transform`."""
+        return self.transform(x)
+
+    def decode(self, codes: Tensor) -> Float[Tensor, "... d"]:
+        """Activations of features, as `inverse_transform`."""
+        return self.inverse_transform(codes)
 
     def keep(self, f: Tensor, k: int) -> Tensor:
         """Activations with their first k features only, all else at the mean; dtype and device of ``f``."""
@@ -196,7 +215,36 @@ def baseline_layer(layer: LayerBasis, kind: str, *, seed: int = 0, rtol: float =
     )  # fmt: skip
 
 
+def identity_layer(
+    mean: Tensor, gram: Float[Tensor, "d d"], jacobian_gram: Float[Tensor, "d d"], *, rtol: float
+) -> LayerBasis:
+    """The coordinates of a node as they are and in the order they have, about their mean."""
+    eye = torch.eye(len(mean), dtype=gram.dtype, device=gram.device)
+    variances = gram.diagonal().clone()
+    gap = torch.full_like(variances, math.inf)
+    rank_gram, rank_jacobian = (effective_rank(torch.linalg.eigvalsh(one), rtol) for one in (gram, jacobian_gram))
+    return LayerBasis(mean, eye, eye, variances, gram, jacobian_gram, rank_gram, rank_jacobian, gap, gap > 0)
+
+
+def cast_layer(layer: LayerBasis, dtype: torch.dtype) -> LayerBasis:
+    """Coordinates in another number type; the Gram matrices stay float64."""
+    return replace(
+        layer,
+        mean=layer.mean.to(dtype),
+        C=layer.C.to(dtype),
+        C_pinv=layer.C_pinv.to(dtype),
+        eigenvalues=layer.eigenvalues.to(dtype),
+    )
+
+
 # ---- statistics over rows
+
+
+def valid_positions(node: Tensor, mask: Tensor | None) -> Bool[Tensor, "row position"] | None:
+    """The rows' mask where the node has the positions it speaks of."""
+    if mask is None or node.ndim != 3 or node.shape[1] != mask.shape[1]:
+        return None
+    return mask.to(node.device)
 
 
 def batches(sections: Sections, x: Tensor, *, gradients: int, batch_size: int, memory: int | None) -> Iterator[slice]:
@@ -208,9 +256,16 @@ def batches(sections: Sections, x: Tensor, *, gradients: int, batch_size: int, m
 
 
 def node_moments(
-    sections: Sections, x: Tensor, *, batch_size: int = 256, memory: int | None = None
+    sections: Sections,
+    x: Tensor,
+    *,
+    mask: Bool[Tensor, "row position"] | None = None,
+    batch_size: int = 256,
+    memory: int | None = None,
 ) -> tuple[list[Moments], Tensor]:
     """Mean and Gram of every node over rows (and positions), and the shape of the last node's rows.
+
+    mask: positions that count, of the nodes that have as many.
 
     Raises ActivationError for values that are not finite; warns once of half precision and of fewer rows than directions.
     """
@@ -223,7 +278,8 @@ def node_moments(
         for name, node, moment in zip(sections.names, nodes, moments, strict=True):
             check_finite(node, name, rows.start)
             half = half or node.dtype in (torch.float16, torch.bfloat16)
-            moment.add(node)
+            valid = valid_positions(node, None if mask is None else mask[rows])
+            moment.add(node if valid is None else node[valid])
         last = nodes[-1][:1]
     if half:
         warnings.warn(
@@ -289,6 +345,7 @@ def jacobian_grams(
     first: int = 0,
     last: int | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
+    mask: Bool[Tensor, "row position"] | None = None,
     jacobian: str = "auto",
     n_probes: int | None = None,
     batch_size: int = 256,
@@ -298,41 +355,44 @@ def jacobian_grams(
     """K of the nodes first .. last-1: (1/(n p)) sum J^T J, J the Jacobian of transform(f_last) by the node; p positions.
 
     One forward pass a batch and one batched backward pass for all nodes together. The mean over the p positions of the
-    node itself goes with the sum over all output coordinates (of all output positions).
+    node itself goes with the sum over all output coordinates (of all output positions). Positions outside ``mask`` are left
+    out on both sides, in nodes that have as many.
     """
     last = len(sections) if last is None else last
     grams: list[Tensor] = []
-    rows_seen = 0
+    places: list[int] = []
     probes: Probes | None = None
     outputs = _outputs(sections, x[:1], first, last, transform)
     side_by_side = min(outputs, n_probes or _PROBES, AT_ONCE)
     for batch, rows in enumerate(batches(sections, x, gradients=side_by_side, batch_size=batch_size, memory=memory)):
         nodes = sections.nodes(x[rows], first=first, last=last, gradients=True)
+        valid = [valid_positions(node, None if mask is None else mask[rows]) for node in nodes]
         with torch.enable_grad():
             end = transform(nodes[-1]) if transform is not None else nodes[-1]
+            if valid[-1] is not None and end.ndim == 3:
+                end = end * valid[-1][..., None]
             end = end.reshape(len(end), -1)
         probes = Probes.choose(jacobian, end.shape[1], n_probes, seed + batch)
         sources = nodes[:-1]
         grams = grams or [_square(node) for node in sources]
+        places = places or [0 for _ in sources]
+        for i, (node, some) in enumerate(zip(sources, valid, strict=False)):
+            places[i] += node[..., 0].numel() if some is None else int(some.sum())
         for vectors in probes.vectors(len(end), end.shape[1], end, side_by_side):
             slopes = torch.autograd.grad(
                 end, sources, vectors, retain_graph=True, is_grads_batched=True, allow_unused=True
             )
-            for total, slope in zip(grams, slopes, strict=True):
+            for total, slope, some in zip(grams, slopes, valid, strict=False):
                 if slope is not None:
-                    add_gram(total, slope)
+                    add_gram(total, slope if some is None else slope * some[..., None])
         for name, total in zip(sections.names[first:], grams, strict=False):
             if not bool(torch.isfinite(total).all()):
                 raise ActivationError(
                     f"the Jacobian of the output by {name} is not finite in rows {rows.start} to {rows.stop - 1}; look for "
                     "a square root, logarithm or division at 0 behind it"
                 )
-        rows_seen += len(end)
     share = 1 if probes is None or probes.exact else probes.count
-    shapes = sections.nodes(x[:1], first=first, last=last)
-    return [
-        total / (share * rows_seen * math.prod(node.shape[1:-1])) for total, node in zip(grams, shapes, strict=False)
-    ]
+    return [total / (share * count) for total, count in zip(grams, places, strict=True)]
 
 
 def add_gram(total: Float[Tensor, "d d"], slopes: Float[Tensor, "probe row ... d"]) -> None:
@@ -361,52 +421,3 @@ def _outputs(
     if not isinstance(end, Tensor) or end.ndim < 2 or len(end) != 1:
         raise InputError("output_transform must map (n, ...) outputs to (n, ...) with at least one column")
     return end[0].numel()
-
-
-def edge_strengths(
-    sections: Sections,
-    x: Tensor,
-    layer: int,
-    bases: Sequence[LayerBasis],
-    *,
-    n_probes: int | None = None,
-    batch_size: int = 256,
-    memory: int | None = None,
-    seed: int = 0,
-) -> Float[Tensor, "r_next r"]:
-    """E_ij = (1/(n p)) sum over rows and output positions t of (sum_s z_{s,j} d z'_{t,i} / d z_{s,j})^2; no root.
-
-    z are the features of node ``layer``, z' those of the next one; sums over input positions s are taken before the
-    square, p is the number of input positions. With ``n_probes`` the sum over t is replaced by that many random signs over
-    t (unbiased).
-    """
-    before, after = bases[layer], bases[layer + 1]
-    total = torch.zeros(after.rank, before.rank, dtype=torch.float64, device=before.C.device)
-    at_once = AT_ONCE
-    count, positions = 0, 1
-    for batch, rows in enumerate(batches(sections, x, gradients=at_once, batch_size=batch_size, memory=memory)):
-        f, g = sections.nodes(x[rows], first=layer, last=layer + 1, gradients=True)
-        with torch.enable_grad():
-            z = g @ after.C.to(g)
-            z = z if z.ndim == 3 else z[:, None]
-        features = before.transform(f.detach())
-        n, places, r = z.shape
-        positions = f.shape[1] if f.ndim == 3 else 1
-        signs = _position_probes(places, n_probes, seed + batch).to(z)
-        for start in range(0, len(signs) * r, at_once):
-            index = torch.arange(start, min(start + at_once, len(signs) * r), device=z.device)
-            vectors = torch.zeros(len(index), n, places, r, dtype=z.dtype, device=z.device)
-            vectors[torch.arange(len(index)), :, :, index % r] = signs[index // r][:, None]
-            (slope,) = torch.autograd.grad(z, [f], vectors, retain_graph=True, is_grads_batched=True)
-            parts = (slope.to(torch.float64) @ before.C_pinv.T) * features
-            attribution = parts.sum(dim=2) if parts.ndim == 4 else parts
-            total.index_add_(0, index % r, attribution.square().sum(dim=1))
-        count += n
-    return total / (count * positions)
-
-
-def _position_probes(places: int, n_probes: int | None, seed: int) -> Float[Tensor, "probe place"]:
-    if n_probes is None or places == 1:
-        return torch.eye(places)
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randint(0, 2, (n_probes, places), generator=generator) * 2.0 - 1) / math.sqrt(n_probes)

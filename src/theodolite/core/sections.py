@@ -63,9 +63,9 @@ class Sections:
                 found.append(node)
         return found
 
-    def run(self, f: Tensor, layer: int, until: int | None = None) -> Tensor:
-        """What node ``until`` (default: the last) is when node ``layer`` is ``f``; no gradients."""
-        with self._calm(False):
+    def run(self, f: Tensor, layer: int, until: int | None = None, *, gradients: bool = False) -> Tensor:
+        """What node ``until`` (default: the last) is when node ``layer`` is ``f``; with ``gradients`` as a graph of ``f``."""
+        with self._calm(gradients):
             for function in self.functions[layer:until]:
                 f = main_tensor(function(f.clone()))
         return f
@@ -122,14 +122,14 @@ class ModuleSections(Sections):
         found = forward_nodes(self.model, x, names, gradients=gradients)
         return [found[name] for name in names]
 
-    def run(self, f: Tensor, layer: int, until: int | None = None) -> Tensor:
-        """What node ``until`` (default: the last) is when node ``layer`` is ``f``; no gradients."""
+    def run(self, f: Tensor, layer: int, until: int | None = None, *, gradients: bool = False) -> Tensor:
+        """What node ``until`` (default: the last) is when node ``layer`` is ``f``; with ``gradients`` as a graph of ``f``."""
         until = len(self) if until is None else until
         if layer == until:
             return f
         x = self._surroundings.expand(len(f), *self._surroundings.shape[1:]).contiguous()
         target = self.names[until]
-        return forward_nodes(self.model, x, [target], replace={self.names[layer]: f})[target]
+        return forward_nodes(self.model, x, [target], replace={self.names[layer]: f}, gradients=gradients)[target]
 
     def row_bytes(self, x: Tensor, *, gradients: bool) -> float:
         """Bytes that one more row costs in a pass through the module."""

@@ -1,43 +1,31 @@
 """The interaction basis of every node of a chain of sections, and the interactions between neighbouring nodes."""
 
-__all__ = ["InteractionBasis", "ModuleNodes", "interactions", "kept_directions_curve"]
+__all__ = ["InteractionBasis", "interactions", "kept_directions_curve"]
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.exceptions import NotFittedError
-from torch import Tensor, nn
+from torch import Tensor
 
 from theodolite.activations._basis import (
     LayerBasis,
     baseline_layer,
-    batches,
-    centred_gram,
+    cast_layer,
     check_rtol,
-    edge_strengths,
     jacobian_grams,
     layer_basis,
-    node_moments,
 )
+from theodolite.activations._edges import edge_strengths
+from theodolite.activations._nodes import NodeBasis, backward_layers, chain_of, kept_quality, node_statistics
 from theodolite.core.curve import QualityCurve
 from theodolite.core.errors import InputError
-from theodolite.core.sections import Sections, sections_of
+from theodolite.core.sections import Sections
 
 
-@dataclass(frozen=True, eq=False)
-class ModuleNodes:
-    """Named nodes of a module; the chain is cut and checked when the inputs are known."""
-
-    model: nn.Module
-    nodes: tuple[str, ...]
-
-
-class InteractionBasis(TransformerMixin, BaseEstimator):
+class InteractionBasis(NodeBasis):
     """Coordinates of each node in which activations and Jacobians to the final output are both uncorrelated.
 
     f^ = C^T (f - mean) with C^T G C = Lambda (decreasing) and C^+ K C^{+T} = I; the directions that do not vary or that the
@@ -60,15 +48,12 @@ class InteractionBasis(TransformerMixin, BaseEstimator):
 
     Source: Bushnaq et al., 2024, arXiv:2405.10927.
 
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     >>> x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
     >>> basis = InteractionBasis.from_module(net, nodes=["input", "1"]).fit(x)
     >>> [layer.rank for layer in basis.layers_]
     [4, 2, 2]
     """
-
-    layers_: tuple[LayerBasis, ...]
-    sections_: Sections
 
     def __init__(
         self,
@@ -97,48 +82,27 @@ class InteractionBasis(TransformerMixin, BaseEstimator):
         self.memory = memory
         self.seed = seed
 
-    @classmethod
-    def from_module(cls, model: nn.Module, nodes: Sequence[str], **options: Any) -> "InteractionBasis":
-        """A basis of the named ``nodes`` of any module, in the order they run; `fit` then takes the module's inputs.
-
-        A name is a submodule (its output), "NAME:input", "input" or "output"; the output is added where it is not the last.
-        For a decoder, name blocks: the residual stream is what everything passes through.
-        """
-        return cls(ModuleNodes(model, (nodes,) if isinstance(nodes, str) else tuple(nodes)), **options)
-
     def fit(self, X: Any, y: object = None) -> "InteractionBasis":
         """Find the basis of every node from rows ``X``: f_0 (n, d_0) or (n, p_0, d_0), or the module's inputs."""
         self._check_settings()
         x = torch.as_tensor(X)
-        self.sections_ = _chain(self.sections, x)
+        self.sections_ = chain_of(self.sections, x)
         every = {"batch_size": self.batch_size, "memory": self.memory}
-        moments, end = node_moments(self.sections_, x, **every)
-        names = self.sections_.names
-        if self.center:
-            means = [m.mean for m in moments]
-            grams = [centred_gram(m, name) for m, name in zip(moments, names, strict=True)]
-        else:
-            means = [torch.zeros_like(m.mean) for m in moments]
-            grams = [m.second_moment for m in moments]
+        means, grams, end = node_statistics(self.sections_, x, center=self.center, **every)
         options = every | {"jacobian": self.jacobian, "n_probes": self.n_probes, "seed": self.seed}
 
         def basis(node: int, jacobian_gram: Tensor) -> LayerBasis:
-            return layer_basis(means[node], grams[node], jacobian_gram, rtol=self.rtol, name=names[node])
+            name = self.sections_.names[node]
+            return layer_basis(means[node], grams[node], jacobian_gram, rtol=self.rtol, name=name)
 
-        last = len(self.sections_)
         end_gram = self._end_gram(x, end, options)
         if self.target == "output":
             before = jacobian_grams(self.sections_, x, transform=self.output_transform, **options)
             found = [basis(node, k) for node, k in enumerate([*before, end_gram])]
         else:
-            found = [basis(last, end_gram)]
-            for node in reversed(range(last)):
-                C = found[0].C
-                (k,) = jacobian_grams(
-                    self.sections_, x, first=node, last=node + 1, transform=lambda f, C=C: f @ C.to(f), **options
-                )
-                found.insert(0, basis(node, k))
-        self.layers_ = tuple(_cast(layer, self.dtype) for layer in found)
+            last = basis(len(self.sections_), end_gram)
+            found = backward_layers(self.sections_, x, means, grams, last, rtol=self.rtol, **options)
+        self.layers_ = tuple(cast_layer(layer, self.dtype) for layer in found)
         return self
 
     def _end_gram(self, x: Tensor, end: Tensor, options: dict[str, Any]) -> Tensor:
@@ -159,27 +123,6 @@ class InteractionBasis(TransformerMixin, BaseEstimator):
             raise InputError(f"n_probes and batch_size must be at least 1, got {self.n_probes} and {self.batch_size}")
         if self.dtype not in (torch.float64, torch.float32):
             raise InputError(f"dtype must be torch.float64 or torch.float32, got {self.dtype}")
-
-    def _layer(self, layer: int) -> LayerBasis:
-        if not hasattr(self, "layers_"):
-            raise NotFittedError("this basis is not fitted yet; call fit with rows first")
-        if not -len(self.layers_) <= layer < len(self.layers_):
-            raise InputError(f"there are {len(self.layers_)} nodes, 0 to {len(self.layers_) - 1}, got {layer}")
-        return self.layers_[layer]
-
-    def transform(self, h: Any, layer: int = 0) -> Float[Tensor, "... r"]:
-        """Features (n, r) or (n, p, r) of the activations ``h`` (n, d) or (n, p, d) of node ``layer``."""
-        basis, h = self._layer(layer), torch.as_tensor(h)
-        if h.ndim < 1 or h.shape[-1] != basis.width:
-            raise InputError(f"node {layer} is {basis.width} wide, got activations of shape {tuple(h.shape)}")
-        return basis.transform(h.detach())
-
-    def inverse_transform(self, z: Any, layer: int = 0) -> Float[Tensor, "... d"]:
-        """Activations of features ``z`` (..., r) of node ``layer``, with the mean; fewer columns are the first features."""
-        basis, z = self._layer(layer), torch.as_tensor(z)
-        if z.ndim < 1 or z.shape[-1] > basis.rank:
-            raise InputError(f"node {layer} has {basis.rank} features, got shape {tuple(z.shape)}")
-        return basis.inverse_transform(z.detach())
 
     def baseline(self, kind: str) -> "InteractionBasis":
         """The same nodes in another basis: "pca", "neuron" or "random" (rotation, from the seed); for comparison."""
@@ -212,35 +155,13 @@ class _Tail(Sections):
         return self._chain.row_bytes(x, gradients=gradients)
 
 
-def _chain(given: Any, x: Tensor) -> Sections:
-    if x.ndim == 0 or len(x) == 0:
-        raise InputError(f"need at least one row, got shape {tuple(x.shape)}")
-    if isinstance(given, ModuleNodes):
-        return sections_of(given.model, given.nodes, x)
-    chain = given if isinstance(given, Sections) else Sections(given)
-    if not (x.is_floating_point() or x.is_complex()):
-        raise InputError(f"node 0 holds {x.dtype} numbers, which have no gradient; start at the embedding")
-    chain.check(x)
-    return chain
-
-
-def _cast(layer: LayerBasis, dtype: torch.dtype) -> LayerBasis:
-    return replace(
-        layer,
-        mean=layer.mean.to(dtype),
-        C=layer.C.to(dtype),
-        C_pinv=layer.C_pinv.to(dtype),
-        eigenvalues=layer.eigenvalues.to(dtype),
-    )
-
-
 def interactions(basis: InteractionBasis, X: Any, *, n_probes: int | None = None) -> list[Float[Tensor, "r_next r"]]:
     """E (r_{l+1}, r_l) for each pair of neighbouring nodes: E_ij = (1/n) sum_x (f^_j d f^'_i / d f^_j)^2, float64.
 
     Features j of one node, i of the next; over positions the sum is taken before the square (and the mean is over the
     input positions). n_probes: random signs over the output positions in place of all of them.
 
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     >>> x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
     >>> [tuple(e.shape) for e in interactions(InteractionBasis.from_module(net, ["input", "1"]).fit(x), x)]
     [(2, 4), (2, 2)]
@@ -276,13 +197,7 @@ def kept_directions_curve(
     if not tried or tried[0] < 1 or tried[-1] > chosen.rank:
         raise InputError(f"ks must lie in 1 .. {chosen.rank}, got {list(tried)}")
     node = layer % len(basis.layers_)
-    outputs: dict[int | None, list[Tensor]] = {k: [] for k in (None, 0, *tried)}
-    for rows in batches(basis.sections_, x, gradients=0, batch_size=1024, memory=basis.memory):
-        (f,) = basis.sections_.nodes(x[rows], first=node, last=node)
-        for k, parts in outputs.items():
-            edited = f if k is None else chosen.keep(f, k)
-            parts.append(basis.sections_.run(edited, node))
-    quality = {k: float(score(torch.cat(parts))) for k, parts in outputs.items()}
+    quality = kept_quality(basis.sections_, x, node, chosen, score, [0, *tried], memory=basis.memory)
     return QualityCurve(
         tuple(tried), np.array([[quality[k]] for k in tried]), chance=quality[0], reference=quality[None],
         name=name, total_dimension=chosen.width,
