@@ -1,6 +1,6 @@
 """EfficientNet-Lite0 with ImageNet weights, as reproductions use it, and its logits of images in an archive."""
 
-__all__ = ["EfficientNetLite0", "image_logits", "load_network", "weights_file"]
+__all__ = ["EfficientNetLite0", "image_logits", "load_network", "read_images", "weights_file"]
 
 import importlib.util
 import io
@@ -113,6 +113,16 @@ def image_logits(network: nn.Module, archive: Path, *, every: int = 1) -> tuple[
             logits.append(network(x).double().numpy())
             names += [Path(member.name).name for member in part]
     return np.concatenate(logits), names
+
+
+def read_images(archive: Path, *, every: int = 1, start: int = 0) -> Tensor:
+    """The images (n, 3, 224, 224) in [-1, 1] of each ``every``-th JPEG in a tar file from ``start`` on, by name."""
+    with tarfile.open(archive) as tar:
+        members = sorted((m for m in tar.getmembers() if m.name.endswith(".jpg")), key=lambda m: m.name)[start::every]
+        if not members:
+            raise DataError(f"{archive} holds no .jpg files")
+        pixels = np.stack([_pixels(tar, member) for member in members])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 def _pixels(tar: tarfile.TarFile, member: tarfile.TarInfo) -> np.ndarray:

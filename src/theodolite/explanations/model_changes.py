@@ -1,0 +1,139 @@
+"""Changes a model goes through in use: trained again, trained without some rows, its weights disturbed.
+
+All numbers of robustness here are shares of such changed models that still give the answer.
+"""
+
+__all__ = ["perturbed_weights", "retrain", "robust_validity"]
+
+import copy
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from theodolite.core.errors import DataError, InputError
+from theodolite.core.parallel import seeds_for, spread
+from theodolite.core.train import Recipe, train, train_ensemble
+from theodolite.explanations.counterfactuals import Counterfactuals, plain_rows
+from theodolite.explanations.stability import ClassScore
+
+PAPER_RECIPE = Recipe(epochs=50, batch_size=256, lr=1e-3, schedule="constant")
+
+
+def retrain(
+    model_factory: Callable[[int], Any],
+    X: Any,
+    y: Any,
+    n_models: int,
+    *,
+    mode: Literal["seed", "leave-one-out", "bootstrap"] = "seed",
+    leave_out: int = 1,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    executor: Executor | int | None = None,
+) -> list[Any]:
+    """Models trained again, each from its own initial weights and in its own order of the rows.
+
+    model_factory(seed): an untrained network, or an estimator with ``fit``. mode: "seed" keeps the rows, "leave-one-out" drops
+    ``leave_out`` rows at random, "bootstrap" draws as many with replacement. recipe: as in `theodolite.core.train` (default
+    50 epochs of Adam). Plain networks are trained in one stacked run where the rows are the same; else ``executor`` spreads
+    them. Raises InputError where two factories give equal weights: then nothing would change.
+    """
+    if n_models < 1 or mode not in ("seed", "leave-one-out", "bootstrap"):
+        raise InputError(f"need n_models >= 1 and a known mode, got {n_models} and {mode!r}")
+    rows, labels = plain_rows(X), np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y)
+    if len(rows) != len(labels) or (mode == "leave-one-out" and not 1 <= leave_out < len(rows)):
+        raise DataError(f"{len(rows)} rows, {len(labels)} labels, {leave_out} to leave out: they do not fit together")
+    seeds = seeds_for(seed, n_models)
+    models = [model_factory(s % (1 << 31)) for s in seeds]
+    chosen = [_rows_of(mode, len(rows), leave_out, s) for s in seeds]
+    if not isinstance(models[0], nn.Module):
+        return [model.fit(rows[kept], labels[kept]) for model, kept in zip(models, chosen, strict=True)]
+    _check_differ(models)
+    recipe = _fitting(recipe or PAPER_RECIPE, models[0], rows)
+    dtype = next(models[0].parameters()).dtype
+    x = torch.as_tensor(rows, dtype=dtype)
+    target = torch.as_tensor(labels).long() if recipe.loss == "cross-entropy" else torch.as_tensor(labels, dtype=dtype)
+    if mode == "seed" and _stackable(models[0], recipe):
+        ensemble = train_ensemble(models, x, target, recipe=recipe, seeds=seeds)
+        return [ensemble.member(i) for i in range(n_models)]
+    tasks = [(m, x[kept], target[kept], recipe.with_seed(s)) for m, kept, s in zip(models, chosen, seeds, strict=True)]
+    return spread(_trained, tasks, executor=executor)
+
+
+def _trained(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe) -> nn.Module:
+    if recipe.patience is not None:
+        held = max(1, len(x) // 10)
+        train(model, x[held:], y[held:], recipe=recipe, validation=(x[:held], y[:held]))
+    else:
+        train(model, x, y, recipe=recipe)
+    return model
+
+
+def _rows_of(mode: str, n: int, leave_out: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    if mode == "bootstrap":
+        return rng.integers(0, n, n)
+    return np.arange(n) if mode == "seed" else np.delete(np.arange(n), rng.choice(n, leave_out, replace=False))
+
+
+def _check_differ(models: Sequence[nn.Module]) -> None:
+    first = [p.detach() for p in models[0].parameters()]
+    for other in models[1:]:
+        if all(torch.equal(a, b) for a, b in zip(first, other.parameters(), strict=True)):
+            raise InputError(
+                "model_factory gives the same initial weights for different seeds, so every retrained model would agree "
+                "with every other; seed the weights with its argument (torch.manual_seed(seed))"
+            )
+
+
+def _fitting(recipe: Recipe, model: nn.Module, rows: np.ndarray) -> Recipe:
+    """The recipe with the loss that fits the network's output: one logit, or one score a class."""
+    parameter = next(model.parameters())
+    with torch.no_grad():
+        out = copy.deepcopy(model).eval()(torch.as_tensor(rows[:2]).to(parameter))
+    single = out.ndim == 1 or out.shape[1] == 1
+    return replace(recipe, loss="binary" if single else "cross-entropy")
+
+
+def _stackable(model: nn.Module, recipe: Recipe) -> bool:
+    kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
+    plain = recipe.patience is None and recipe.optimizer != "adamw" and not recipe.momentum and recipe.clip is None
+    return plain and not any(isinstance(module, kinds) for module in model.modules())
+
+
+def perturbed_weights(model: nn.Module, n_models: int, *, scale: float = 0.05, seed: int = 0) -> list[nn.Module]:
+    """Copies of ``model`` whose weights carry Gaussian noise of ``scale`` times the root mean square of their own tensor."""
+    if n_models < 1 or not scale > 0:
+        raise InputError(f"need n_models >= 1 and scale > 0, got {n_models} and {scale}")
+    out = []
+    for one in seeds_for(seed, n_models):
+        generator, changed = torch.Generator().manual_seed(one), copy.deepcopy(model).eval()
+        with torch.no_grad():
+            for p in changed.parameters():
+                p += scale * p.square().mean().sqrt() * torch.randn(p.shape, generator=generator).to(p)
+        out.append(changed)
+    return out
+
+
+def robust_validity(
+    cfs: Counterfactuals | Any, models: Sequence[Any], *, target: int | None = None
+) -> Float[np.ndarray, " row"]:
+    """Share of ``models`` that answer the target class at each counterfactual (n,); 0 where there is none.
+
+    cfs: what a generator gave, or points (n, d) in the models' units. What counts is the target class, not "another class".
+    """
+    points = np.asarray(cfs.counterfactuals if isinstance(cfs, Counterfactuals) else plain_rows(cfs))
+    if len(models) == 0:
+        raise InputError("robust validity needs at least one changed model")
+    out = np.zeros(len(points))
+    there = np.isfinite(points).all(axis=1)
+    if there.any():
+        x = torch.as_tensor(points[there])
+        out[there] = np.mean([(ClassScore(model, target, x)(x) >= 0.5).numpy() for model in models], axis=0)
+    return out

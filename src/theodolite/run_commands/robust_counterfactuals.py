@@ -1,0 +1,92 @@
+"""``theodolite run robust-counterfactuals``."""
+
+__all__ = ["command"]
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from theodolite.commands import Json, SubjectFlags, subject_flags
+from theodolite.core.errors import DataError, InputError
+from theodolite.run_commands.shared import Memory, Seconds, chart, tell
+
+
+@subject_flags
+def command(
+    flags: SubjectFlags,
+    rows: Annotated[
+        int | None, typer.Option(help="test rows to find counterfactuals for; leave out for a chart", min=1)
+    ] = None,
+    wanted: Annotated[
+        str | None, typer.Option(help="name of the wanted class; the second of two where left out")
+    ] = None,
+    tau: Annotated[float, typer.Option(help="stability to reach, between 0 and 1")] = 0.75,
+    immutable: Annotated[list[str] | None, typer.Option(help="column that may not change; repeat for more")] = None,
+    increasing: Annotated[list[str] | None, typer.Option(help="column that may only grow; repeat for more")] = None,
+    decreasing: Annotated[list[str] | None, typer.Option(help="column that may only fall; repeat for more")] = None,
+    group: Annotated[
+        list[str] | None, typer.Option(help="one-hot group: its columns with commas between them; repeat for more")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="CSV file to write the counterfactuals to")] = None,
+    seconds: Seconds = 60.0,
+    memory: Memory = 1024,
+    as_json: Json = False,
+) -> None:
+    """Counterfactuals that retrained models accept, too: with --rows for so many test rows, else a chart as in the survey."""
+    if rows is None:
+        if wanted or immutable or increasing or decreasing or group or out:
+            raise InputError("--wanted, --immutable, --increasing, --decreasing, --group and --out go with --rows")
+        chart("robust-counterfactuals", flags, seconds, memory, as_json)
+        return
+    import pandas as pd
+
+    from theodolite.core.files import write_whole
+    from theodolite.explanations.robust_counterfactuals import TRex, TRexNearest
+
+    subject = flags.load()
+    data = subject.data
+    if data.modality != "tabular" or data.task != "classification":
+        raise DataError(f"counterfactuals need a table with classes; these data are {data.modality}, {data.task}")
+    if wanted is None and len(data.classes) > 2:
+        raise InputError(f"say with --wanted which class is wanted: {', '.join(data.classes)}")
+    if wanted is not None and wanted not in data.classes:
+        raise InputError(f"there is no class {wanted!r}; there are: {', '.join(data.classes)}")
+    target = 1 if wanted is None else data.classes.index(wanted)
+    view = subject.view("probability", memory=memory << 20)
+    chosen = subject.flat("test")[(view.predict(data.test.x) != target).numpy()][:rows]
+    if len(chosen) == 0:
+        raise DataError(f"the model answers {data.classes[target]} for every test row, so there is nothing to change")
+    options: dict[str, Any] = {
+        "tau": tau, "names": data.features, "immutable": immutable, "increasing": increasing, "decreasing": decreasing,
+        "groups": [one.split(",") for one in group or ()], "seed": flags.seed, "memory": memory << 20,
+    }  # fmt: skip
+    method = (TRex if subject.is_network else TRexNearest)(**options)
+    found = method.fit(subject.predictor, subject.flat("train")).generate(chosen, target)
+    names = list(data.features) or [f"column {i}" for i in range(chosen.shape[1])]
+    if out is not None:
+        write_whole(out, pd.DataFrame(found.counterfactuals, columns=names).to_csv(index=False))
+    told = []
+    for i in range(len(chosen)):
+        change = found.counterfactuals[i] - chosen[i]
+        moved = {names[c]: round(float(change[c]), 6) for c in range(len(names)) if found.valid[i] and change[c] != 0}
+        told.append(
+            {
+                "valid": bool(found.valid[i]),
+                "reached": bool(found.reached[i]),
+                "stability": round(float(found.stability[i]), 4) if found.valid[i] else None,
+                "cost": round(float(found.cost[i]), 4) if found.valid[i] else None,
+                "changes": moved,
+            }
+        )
+    tell(
+        {
+            "method": type(method).__name__,
+            "wanted": data.classes[target],
+            "rows": len(chosen),
+            "valid": int(found.valid.sum()),
+            "reached": int(found.reached.sum()),
+            "counterfactuals": told,
+        },
+        as_json,
+    )

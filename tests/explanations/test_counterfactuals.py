@@ -1,0 +1,265 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+
+from theodolite.core.errors import DataError, InputError, ModelError
+from theodolite.core.train import Recipe
+from theodolite.explanations.counterfactuals import (
+    ClosestCounterfactual,
+    CounterfactualNotFoundError,
+    NearestNeighbour,
+    TableSchema,
+)
+from theodolite.explanations.model_changes import perturbed_weights, retrain, robust_validity
+
+QUICK = settings(max_examples=30, deadline=None)
+
+
+def line(weights, intercept):
+    net = nn.Linear(len(weights), 1).double()
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([weights], dtype=torch.float64))
+        net.bias.fill_(intercept)
+    return net
+
+
+def table(n=200, d=3, seed=0):
+    return np.random.default_rng(seed).uniform(size=(n, d))
+
+
+def cube(d):
+    """Training rows whose ranges are [0, 1]."""
+    return np.vstack([np.zeros(d), np.ones(d), table(20, d)])
+
+
+def test_the_closest_point_to_a_half_space_is_the_projection():
+    net = line([2.0, -1.0, 3.0], -2.5)
+    x = np.array([[0.4, 0.6, 0.3], [0.3, 0.3, 0.5]])
+    found = ClosestCounterfactual().fit(net, cube(3)).generate(x)
+    w = np.array([2.0, -1.0, 3.0])
+    exact = x + ((2.5 - x @ w) / (w @ w))[:, None] * w
+    assert np.allclose(found.counterfactuals, exact, atol=0.02)
+    assert np.allclose(found.cost, (2.5 - x @ w) / np.linalg.norm(w), rtol=0.01, atol=1e-3)
+    assert found.valid.all()
+
+
+def test_the_closest_point_in_l1_changes_the_steepest_column_alone():
+    found = ClosestCounterfactual(norm=1).fit(line([2.0, -1.0, 3.0], -2.5), cube(3)).generate([[0.4, 0.6, 0.3]])
+    assert found.cost[0] == pytest.approx((2.5 - (0.8 - 0.6 + 0.9)) / 3, rel=0.02)
+
+
+def test_units_of_the_user_do_not_matter():
+    net, x = line([2.0, -1.0, 3.0], -2.5), np.array([[0.4, 0.6, 0.3]])
+    factor, shift = np.array([1000.0, 0.01, 5.0]), np.array([-7.0, 3.0, 0.0])
+    moved = line((np.array([2.0, -1.0, 3.0]) / factor).tolist(), -2.5 - float((shift / factor) @ [2.0, -1.0, 3.0]))
+    plain = ClosestCounterfactual().fit(net, cube(3)).generate(x)
+    other = ClosestCounterfactual().fit(moved, cube(3) * factor + shift).generate(x * factor + shift)
+    assert other.cost == pytest.approx(plain.cost, rel=1e-3)
+    assert np.allclose((other.counterfactuals - shift) / factor, plain.counterfactuals, atol=2e-3)
+
+
+@QUICK
+@given(st.integers(0, 10_000))
+def test_projection_is_inside_idempotent_and_nearest(seed):
+    rng = np.random.default_rng(seed)
+    x = table(30, 6, seed)
+    x[:, 3:] = np.eye(3)[rng.integers(0, 3, 30)]
+    x[:3, 3:] = np.eye(3)
+    schema = TableSchema.of(x, immutable=[0], increasing=[1], groups=[(3, 4, 5)])
+    region = schema.region(x)
+    z = torch.as_tensor(rng.normal(size=(30, 6)) * 2)
+    p = region.project(z)
+    assert torch.allclose(region.project(p), p, atol=1e-9)
+    assert torch.equal(p[:, 0], region.start[:, 0])
+    assert (p[:, 1] >= region.start[:, 1]).all()
+    assert torch.allclose(p[:, 3:].sum(dim=1), torch.ones(30, dtype=torch.float64))
+    assert (p >= region.low - 1e-9).all()
+    assert (p <= region.high + 1e-9).all()
+    inside = region.project(torch.as_tensor(rng.normal(size=(30, 6))))
+    # the angle at a projection onto a convex set is never acute
+    assert (((z - p) * (inside - p)).sum(dim=1) <= 1e-8).all()
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(0, 10_000))
+def test_what_may_not_change_does_not(seed):
+    rng = np.random.default_rng(seed)
+    x = table(60, 6, seed)
+    x[:, 3:] = np.eye(3)[np.arange(60) % 3]
+    net = line(rng.normal(size=6).tolist(), -0.2)
+    names = ["age", "pay", "debt", "a", "b", "c"]
+    generator = ClosestCounterfactual(
+        names=names, immutable=["age"], increasing=["pay"], decreasing=["debt"], groups=[("a", "b", "c")],
+        steps=40, binary_search_steps=3, k=10,
+    )  # fmt: skip
+    found = generator.fit(net, x).generate(x[:12])
+    good, there = found.counterfactuals, found.valid
+    assert (good[there, 0] == x[:12][there, 0]).all()
+    assert (good[there, 1] >= x[:12][there, 1]).all()
+    assert (good[there, 2] <= x[:12][there, 2]).all()
+    assert np.isin(good[there, 3:], (0, 1)).all()
+    assert (good[there, 3:].sum(axis=1) == 1).all()
+    assert np.isnan(good[~there]).all()
+    answer = net(torch.as_tensor(good[there]))[:, 0].detach().numpy()
+    assert (answer >= 0).all()
+
+
+def test_rows_that_have_the_class_come_back_unchanged():
+    x = np.array([[0.9, 0.9], [0.1, 0.2]])
+    found = ClosestCounterfactual().fit(line([1.0, 1.0], -1.0), cube(2)).generate(x)
+    assert found.unchanged.tolist() == [True, False]
+    assert (found.counterfactuals[0] == x[0]).all()
+    assert found.cost[0] == 0
+
+
+def test_what_cannot_be_reached_is_nan_or_an_error():
+    x = np.array([[0.1, 0.2]])
+    for options in ({"immutable": [0, 1]}, {"bounds": (0.0, 0.3)}, {"bounds": {0: (0.5, 0.6), 1: (0.0, 0.3)}}):
+        found = ClosestCounterfactual(steps=30, **options).fit(line([1.0, 1.0], -1.0), cube(2)).generate(x)
+        assert not found.valid.any()
+        assert not found.reached.any()
+        assert np.isnan(found.counterfactuals).all()
+        assert np.isnan(found.cost).all()
+    stuck = ClosestCounterfactual(steps=30, immutable=[0, 1], on_failure="raise").fit(line([1.0, 1.0], -1.0), cube(2))
+    with pytest.raises(CounterfactualNotFoundError, match="1 of 1 rows"):
+        stuck.generate(x)
+
+
+def test_bounds_hold_and_columns_are_found_by_name():
+    frame = pd.DataFrame(cube(2), columns=["pay", "debt"])
+    generator = ClosestCounterfactual(bounds={"pay": (None, 0.5)}).fit(line([1.0, 1.0], -1.0), frame)
+    found = generator.generate(pd.DataFrame({"debt": [0.2], "pay": [0.4]}))
+    assert found.factuals.tolist() == [[0.4, 0.2]]
+    assert found.valid.all()
+    assert found.counterfactuals[0, 0] <= 0.5
+    with pytest.raises(DataError, match="lacks the columns"):
+        generator.generate(pd.DataFrame({"debt": [0.2]}))
+    with pytest.raises(DataError, match="no column 'wage'"):
+        ClosestCounterfactual(immutable=["wage"]).fit(line([1.0, 1.0], -1.0), frame)
+
+
+def test_a_row_outside_the_training_ranges_may_stay_there():
+    found = ClosestCounterfactual().fit(line([1.0, 0.0], -0.8), cube(2)).generate([[0.1, 1.7]])
+    assert found.counterfactuals[0, 1] == pytest.approx(1.7, abs=0.02)
+
+
+def test_the_nearest_neighbour_is_a_training_row_and_needs_no_gradient():
+    x = table(100, 2)
+    model = LogisticRegression().fit(x, x.sum(axis=1) > 1)
+    found = NearestNeighbour().fit(model, x).generate(x[:10])
+    accepted = x[model.predict(x) == 1]
+    for row, point in zip(x[:10][~found.unchanged], found.counterfactuals[~found.unchanged], strict=True):
+        exact = accepted[np.argmin(np.linalg.norm((accepted - row) / np.ptp(x, axis=0), axis=1))]
+        assert np.allclose(point, exact)
+    with pytest.raises(ModelError, match="gradients"):
+        ClosestCounterfactual().fit(model, x).generate(x[:3])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"norm": 3}, "norm"), ({"sigma": 0.0}, "sigma"), ({"k": 1}, "k must")],
+)
+def test_options_are_checked(options, words):
+    with pytest.raises(InputError, match=words):
+        ClosestCounterfactual(**options)
+
+
+def test_tables_are_checked():
+    x = cube(3)
+    for broken, words in (
+        (np.full((3, 3), np.nan), "NaN"), (x[0], "shape"), (np.zeros((0, 3)), "zero training rows"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=words):
+            TableSchema.of(broken)
+    with pytest.raises(DataError, match="not one-hot"):
+        TableSchema.of(x, groups=[(0, 1)])
+    with pytest.raises(DataError, match="twice"):
+        TableSchema.of(x, groups=[(0, 0)])
+    with pytest.raises(InputError, match="bounds"):
+        TableSchema.of(x, bounds=(1.0, 0.0))
+    with pytest.raises(InputError, match="not fitted"):
+        ClosestCounterfactual().generate(x)
+    with pytest.raises(DataError, match="columns"):
+        TableSchema.of(x).rows(np.zeros((2, 5)))
+
+
+# ---- changes of the model
+
+
+def network(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+RECIPE = Recipe(epochs=20, batch_size=32, lr=5e-2)
+
+
+@pytest.mark.parametrize("mode", ["seed", "leave-one-out", "bootstrap"])
+def test_retrained_models_differ_repeat_and_learn(mode):
+    x = table()
+    y = (x.sum(axis=1) > 1.5).astype(int)
+    one, two = (retrain(network, x, y, 3, mode=mode, leave_out=5, recipe=RECIPE, seed=1) for _ in range(2))
+    rows = torch.as_tensor(x).float()
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a(rows), b(rows))
+        assert ((a(rows).argmax(dim=1).numpy() == y).mean()) > 0.7
+    assert not torch.allclose(one[0](rows), one[1](rows))
+
+
+def test_retraining_refuses_shared_initial_weights():
+    with pytest.raises(InputError, match="same initial weights"):
+        retrain(lambda seed: network(0), table(), np.arange(200) % 2, 2, recipe=RECIPE)
+
+
+def test_estimators_and_single_logits_are_retrained_too():
+    x = table()
+    y = (x.sum(axis=1) > 1.5).astype(int)
+    forests = retrain(lambda seed: LogisticRegression(), x, y, 2, mode="bootstrap")
+    nets = retrain(lambda seed: nn.Sequential(network(seed), nn.Dropout(0.1), nn.Linear(2, 1)), x, y, 2, recipe=RECIPE)
+    shares = robust_validity(x, [*forests, *nets])
+    assert shares.shape == (200,)
+    assert shares[y == 1].mean() > shares[y == 0].mean()
+
+
+def test_robust_validity_counts_models_of_the_target_class():
+    points = np.array([[0.2, 0.0], [0.6, 0.0], [0.9, 0.0]])
+    models = [line([1.0, 0.0], -edge) for edge in (0.1, 0.5, 0.8)]
+    assert robust_validity(points, models).tolist() == pytest.approx([1 / 3, 2 / 3, 1])
+    assert robust_validity(points, models, target=0).tolist() == pytest.approx([2 / 3, 1 / 3, 0])
+    three = nn.Linear(2, 3).double()
+    with torch.no_grad():
+        three.weight.zero_()
+        three.bias.copy_(torch.tensor([0.0, 1.0, 2.0]))
+    assert robust_validity(points, [three], target=1).tolist() == [
+        0,
+        0,
+        0,
+    ]  # another class than 0, and not the wanted one
+    with pytest.raises(ModelError, match="target="):
+        robust_validity(points, [three])
+    with pytest.raises(InputError, match="at least one"):
+        robust_validity(points, [])
+
+
+def test_disturbed_weights_leave_the_model_alone():
+    net = network(0)
+    before = [p.clone() for p in net.parameters()]
+    changed = perturbed_weights(net, 2, scale=0.1, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    assert not torch.equal(changed[0][0].weight, changed[1][0].weight)
+    off = (changed[0][0].weight - net[0].weight).square().mean().sqrt() / net[0].weight.square().mean().sqrt()
+    assert 0.05 < float(off.detach()) < 0.2
+    with pytest.raises(InputError, match="scale"):
+        perturbed_weights(net, 1, scale=0.0)
+
+
+def test_settings_of_retraining_are_checked():
+    with pytest.raises(InputError, match="n_models"):
+        retrain(network, table(), np.arange(200) % 2, 0)
+    with pytest.raises(DataError, match="labels"):
+        retrain(network, table(), np.arange(10), 1)
