@@ -51,8 +51,9 @@ class _Split:
     @classmethod
     def of(cls, x: np.ndarray, y: np.ndarray, seed: int, held: float = 0.15) -> "_Split":
         """A share ``held`` for test and as much for validation, classes in proportion; in deviations of the training rows."""
-        rest, test = train_test_split(np.arange(len(y)), test_size=held, stratify=y, random_state=seed)
-        fit, val = train_test_split(rest, test_size=held / (1 - held), stratify=y[rest], random_state=seed)
+        size = round(held * len(y))
+        rest, test = train_test_split(np.arange(len(y)), test_size=size, stratify=y, random_state=seed)
+        fit, val = train_test_split(rest, test_size=size, stratify=y[rest], random_state=seed)
         shift, scale = x[fit].mean(axis=0), x[fit].std(axis=0)
         z = ((x - shift) / np.where(scale > 0, scale, 1.0)).astype(np.float32).astype(np.float64)
         return cls(z[fit], y[fit], z[val], y[val], z[test], y[test])

@@ -287,7 +287,8 @@ def _intervals(scale: Scale, seed: int) -> Claim:
         right = (table["post"] - table["pre"]).to_numpy().reshape(len(truth), -1)
         half = 1.96 * right.std(axis=1) / right.shape[1] ** 0.5
         naive += int((np.abs(right.mean(axis=1) - truth) <= half).sum())
-        covered += int(((found["low"] <= truth) & (found["high"] >= truth)).to_numpy().sum())
+        low, high = found["low"].to_numpy(), found["high"].to_numpy()
+        covered += int(((low <= np.array(truth)) & (high >= np.array(truth))).sum())
         none = np.array(truth) == 0
         positives += int((found["p"].to_numpy()[none] < 0.05).sum())
         nulls += int(none.sum())
