@@ -119,7 +119,7 @@ def _simulate(length: float, scale: Scale, seed: int) -> tuple[np.ndarray, float
     a = rng.normal(size=d)
     a *= 2 / np.linalg.norm(a)
 
-    def m(x: np.ndarray) -> np.ndarray | np.floating:  # a number for one point
+    def m(x: np.ndarray) -> Any:  # (n,), or a number for one point
         return 1 / (1 + np.exp(-(x @ a + 0.5)))
 
     gamma_m, x = float(np.linalg.norm(a)) / 4, np.zeros(d)

@@ -141,10 +141,11 @@ def check_enumerable(subsets: Bool[np.ndarray, "candidate pair"]) -> None:
     """Raise where exact expectations are asked for and neither side can be enumerated."""
     sizes = subsets.sum(axis=1)
     rest = subsets.shape[1] - sizes
-    if (np.minimum(sizes, rest) > LARGEST_ENUMERATION).any():
+    worst = int(np.minimum(sizes, rest).argmax())
+    if min(sizes[worst], rest[worst]) > LARGEST_ENUMERATION:
         raise InputError(
             f"sampling='exact' lists all subsets, and needs at most {LARGEST_ENUMERATION} edges in the explanation or outside "
-            f"it; there are {int(sizes[0])} and {int(rest[0])}; use sampling='bernoulli' and more n_samples"
+            f"it; candidate {worst} has {int(sizes[worst])} and {int(rest[worst])}; use sampling='bernoulli' and more n_samples"
         )
 
 
