@@ -62,10 +62,8 @@ def command(
         raise InputError(f"--out {out}: expected a file name ending in .safetensors in a folder that exists")
     from safetensors.torch import save
 
-    from theodolite.core.estimate import Estimate
     from theodolite.core.files import write_bytes
     from theodolite.parameters.merging import evolve_weights
-    from theodolite.survey.finding import estimate_to_json
 
     folders = [path.is_dir() for path in (*checkpoints, *([base] if base else []))]
     if any(folders) and not all(folders):
@@ -94,14 +92,8 @@ def command(
         write_bytes(out, save({name: tensor.clone() for name, tensor in found.state.items()}))
         result["written"] = str(out)
     tables = {"weights": weights, "baselines": controls.astype(object).where(controls.notna(), None)}
-    if as_json:
-        result = {
-            name: estimate_to_json(value) if isinstance(value, Estimate) else value for name, value in result.items()
-        }
-        result |= {name: table.to_dict("records") for name, table in tables.items()}
-    else:
-        result = {name: str(value) if isinstance(value, Estimate) else value for name, value in result.items()}
-        result |= {name: "\n" + table.to_string(index=False) for name, table in tables.items()}
+    for name, table in tables.items():
+        result[name] = table.to_dict("records") if as_json else "\n" + table.to_string(index=False)
     tell(result, as_json)
 
 

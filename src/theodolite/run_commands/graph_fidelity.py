@@ -131,7 +131,7 @@ def _known_motifs(alpha1: float, alpha2: float, samples: int, seed: int) -> dict
     )
     result: dict[str, Any] = {"data": "BA-2motifs, 40 test graphs, GIN", "test_accuracy": accuracy}
     for name in ("delta", "ordinary_delta", "plus", "ordinary_plus", "minus", "ordinary_minus", "sparsity"):
-        result[f"{name}_with_jaccard_distance"] = str(found.estimate(name, "jaccard"))
+        result[f"{name}_with_jaccard_distance"] = found.estimate(name, "jaccard")
     best = "robust" if found.rho.loc["delta", "jaccard"] < found.rho.loc["ordinary_delta", "jaccard"] else "ordinary"  # type: ignore[operator]
     result["closer_to_the_truth"] = f"{best} FidΔ"
     if accuracy < 0.95:

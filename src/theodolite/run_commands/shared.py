@@ -11,20 +11,29 @@ from rich.console import Console
 
 from theodolite.commands import SubjectFlags
 from theodolite.core.errors import DataError
+from theodolite.core.estimate import Estimate
 
 Seconds = Annotated[float, typer.Option(help="time to plan for")]
 Memory = Annotated[int, typer.Option(help="MiB to expand a batch to", min=16)]
 
 
 def tell(result: Any, as_json: bool) -> None:
-    """Print a dictionary of results, for people or for machines."""
+    """Print a dictionary of results, for people or for machines; an Estimate with its interval either way."""
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json.dumps(result, ensure_ascii=False, default=_plain))
         return
     console = Console()
     for name, value in result.items():
         console.print(f"[bold]{name.replace('_', ' ')}[/]", end=": ")
-        console.print(value, markup=False)
+        console.print(str(value) if isinstance(value, Estimate) else value, markup=False)
+
+
+def _plain(value: Any) -> Any:
+    from theodolite.survey.finding import estimate_to_json
+
+    if isinstance(value, Estimate):
+        return estimate_to_json(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")
 
 
 def chart(slug: str, flags: SubjectFlags, seconds: float, memory: int, as_json: bool) -> None:
