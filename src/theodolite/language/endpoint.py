@@ -57,6 +57,12 @@ class Endpoint(LanguageModel):
         key = os.environ.get(api_key_env) or "none"
         self._client = self._openai.OpenAI(base_url=self.url, api_key=key, timeout=timeout, max_retries=retries)
 
+    def __del__(self) -> None:
+        """Close the connections that are kept open between requests."""
+        client = getattr(self, "_client", None)  # not there where an argument was wrong
+        if client is not None:
+            client.close()
+
     def _identity(self) -> dict[str, Any]:
         return {"endpoint": self.url, "model": self.name}
 

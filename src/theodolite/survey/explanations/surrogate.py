@@ -104,7 +104,7 @@ def high_dimensional_surrogate(subject: Subject, budget: Budget) -> Finding:
         warnings.simplefilter("ignore", OverlapWarning)
         explainer.fit(_model(subject), copies.x, _part(subject, "validation"), labels)
     k, columns = explainer.k_, explainer.columns_
-    sizes = sorted({size for size in (*_SIZES, k, d) if size <= min(d, max(_SIZES))})
+    sizes = sorted({k} | {size for size in (*_SIZES, d) if size <= min(d, max(_SIZES))})
     order = explainer.picks(max(sizes))
     ours = {size: copies.answers(order[:size]) for size in sizes}
     rng = np.random.default_rng([budget.seed, d])
