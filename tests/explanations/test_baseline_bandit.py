@@ -579,4 +579,7 @@ def test_maps_that_know_nothing():
 def test_nothing_is_warned_of_in_ordinary_use(digits):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        bb.BaselineBandit("aic", draws=2).fit(digits.predictor, digits.data.train.x[:5]).explain(digits.data.test.x[0])
+        made = bb.BaselineBandit("aic", draws=2).fit(digits.predictor, digits.data.train.x[:5])
+        found = made.explain(digits.data.test.x[0])
+    assert found.map.shape == (8, 8)
+    assert len(found.scores) == 2
