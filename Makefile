@@ -16,7 +16,8 @@ setup: .venv/.base
 
 .venv/.dev: .venv/.base
 	$(PIP) -e '.[dev]'
-	$(PIP) --no-deps zennit==0.5.1 # a peer in the tests; the torchvision that it names is not used
+	# peers in tests and benchmarks: what else they name (torchvision, old numpy) is not used
+	$(PIP) --no-deps zennit==0.5.1 data-selection==1.0.3 particles==0.4
 	touch $@
 
 survey: .venv/.base

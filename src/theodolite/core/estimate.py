@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
+from theodolite.core.binomial import binomial_interval
 from theodolite.core.errors import InputError
 
 
@@ -100,11 +101,7 @@ def proportion(successes: int, n: int, *, confidence: float = 0.95, unit: str = 
     >>> round(proportion(9, 10).low, 3)
     0.555
     """
-    if n < 1 or not 0 <= successes <= n:
-        raise InputError(f"need 0 <= successes <= n and n >= 1, got successes={successes}, n={n}")
-    tail = (1 - confidence) / 2
-    low = 0.0 if successes == 0 else float(stats.beta.ppf(tail, successes, n - successes + 1))
-    high = 1.0 if successes == n else float(stats.beta.ppf(1 - tail, successes + 1, n - successes))
+    low, high = binomial_interval(successes, n, confidence=confidence)
     return Estimate(successes / n, low, high, unit, n)
 
 
