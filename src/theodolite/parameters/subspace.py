@@ -14,11 +14,8 @@ __all__ = ["IntrinsicDimension", "SubspaceModel", "make_projection", "measure_in
 import copy
 import hashlib
 import inspect
-import io
 import itertools
-import json
 import math
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -29,19 +26,19 @@ from typing import Any, SupportsInt
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.lib.npyio import NpzFile
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from theodolite.core.curve import QualityCurve
 from theodolite.core.errors import InputError, ModelError
-from theodolite.core.files import write_bytes
 from theodolite.core.functional import call_with, tensor_places
 from theodolite.core.parallel import open_pool, spread
+from theodolite.parameters.coordinate_files import fingerprint, read_coordinates, restore_buffers, write_coordinates
 from theodolite.parameters.reparametrization import KINDS, make_projection
 from theodolite.parameters.weights import as_patterns, matches
 
 _SEED_BITS, _FLOAT_BITS = 64, 32
+_ABOUT = {"projection", "seed", "start_seed", "D", "names", "start", "include", "exclude"}
 
 
 class SubspaceModel(nn.Module):
@@ -147,16 +144,11 @@ class SubspaceModel(nn.Module):
             "start_seed": self._start_seed,
             "D": self.total_dimension,
             "names": _name_hash(self._names),  # a large network has more names than the file has numbers
-            "start": _digest(self.module),
+            "start": fingerprint(self.module),
             "include": self._include,
             "exclude": self._exclude,
         }
-        arrays = {"about": np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)}
-        arrays["coordinates"] = self.coordinates.detach().cpu().numpy()
-        arrays |= {f"buffer {name}": _bytes(buffer) for name, buffer in _kept_buffers(self.module).items()}
-        file = io.BytesIO()
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-        write_bytes(Path(path), file.getvalue())
+        write_coordinates(path, about, {"coordinates": self.coordinates}, self.module)
 
     @classmethod
     def load(cls, path: str | Path, build: Callable[..., nn.Module]) -> "SubspaceModel":
@@ -164,7 +156,7 @@ class SubspaceModel(nn.Module):
 
         Raises ModelError where the architecture or the random start is another than the one that was saved.
         """
-        about, arrays = _read(path)
+        about, arrays = read_coordinates(path, _ABOUT, "subspace model")
         coordinates = torch.from_numpy(arrays["coordinates"])
         module = _same_start(path, build, about)
         made = cls(
@@ -178,29 +170,8 @@ class SubspaceModel(nn.Module):
         made._start_seed = about["start_seed"]
         with torch.no_grad():
             made.coordinates.copy_(coordinates)
-            for name, buffer in _kept_buffers(made.module).items():
-                stored = arrays.get(f"buffer {name}")
-                if stored is None or stored.size != _bytes(buffer).size:
-                    raise ModelError(f"{path} was saved for another architecture: it has no buffer like {name}")
-                content = torch.from_numpy(stored.copy()).view(buffer.dtype)
-                buffer.copy_(content.view(buffer.shape))
+        restore_buffers(path, arrays, made.module)
         return made
-
-
-def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    try:
-        with open(path, "rb") as file:  # what is no archive of arrays makes NpzFile fail at once
-            arrays = dict(NpzFile(file, allow_pickle=False))
-        about = json.loads(arrays["about"].tobytes())
-        coordinates = arrays["coordinates"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ModelError(f"{path} is not a saved subspace model: {error}") from error
-    wanted = {"projection", "seed", "start_seed", "D", "names", "start", "include", "exclude"}
-    if not isinstance(about, dict) or wanted - about.keys() or coordinates.ndim != 1:
-        raise ModelError(
-            f"{path} is not a saved subspace model: it must hold {', '.join(sorted(wanted))} and coordinates"
-        )
-    return about, arrays
 
 
 def _same_start(path: str | Path, build: Callable[..., nn.Module], about: dict[str, Any]) -> nn.Module:
@@ -216,7 +187,7 @@ def _same_start(path: str | Path, build: Callable[..., nn.Module], about: dict[s
         size = sum(parameter.numel() for name, parameter in module.named_parameters() if name in set(names))
         if size != about["D"] or _name_hash(names) != about["names"]:
             problem = f"it is of another architecture (D = {about['D']} there, {size} here, or other parameter names)"
-        elif _digest(module) != about["start"]:
+        elif fingerprint(module) != about["start"]:
             problem = (
                 "it starts from other weights; give a function that makes the start of then, such as lambda: build(3)"
             )
@@ -241,25 +212,8 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _kept_buffers(module: nn.Module) -> dict[str, Tensor]:
-    kept = module.state_dict(keep_vars=True)
-    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
-
-
-def _bytes(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
 def _name_hash(names: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(names).encode()).hexdigest()[:16]
-
-
-def _digest(module: nn.Module) -> str:
-    """Of every parameter: what is outside the subspace has to be the same too."""
-    digest = hashlib.sha256()
-    for parameter in module.parameters():
-        digest.update(_bytes(parameter).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _trainable_names(module: nn.Module, include: list[str] | None, exclude: list[str] | None) -> list[str]:

@@ -3,24 +3,19 @@
 __all__ = ["FineTuningSubspace"]
 
 import copy
-import hashlib
-import io
-import json
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.lib.npyio import NpzFile
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from theodolite.core.errors import InputError, ModelError
-from theodolite.core.files import write_bytes
 from theodolite.core.functional import call_with, tensor_places
 from theodolite.core.parallel import seeds_for
+from theodolite.parameters.coordinate_files import fingerprint, read_coordinates, restore_buffers, write_coordinates
 from theodolite.parameters.reparametrization import KINDS, make_projection
 from theodolite.parameters.weights import as_patterns, matches
 
@@ -215,16 +210,10 @@ class FineTuningSubspace(nn.Module):
             "exclude": self._exclude,
             "head": self._head,
             "projected": self.projected_parameters,
-            "start": _digest(self.model),
+            "start": fingerprint(self.model),
         }
-        arrays = {"about": np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)}
-        arrays["coordinates"] = self.coordinates.detach().cpu().numpy()
-        if self.scales is not None:
-            arrays["scales"] = self.scales.detach().cpu().numpy()
-        arrays |= {f"buffer {name}": _bytes(buffer) for name, buffer in _kept_buffers(self.model).items()}
-        file = io.BytesIO()
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-        write_bytes(Path(path), file.getvalue())
+        arrays = {"coordinates": self.coordinates} | ({} if self.scales is None else {"scales": self.scales})
+        write_coordinates(path, about, arrays, self.model)
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module) -> "FineTuningSubspace":
@@ -232,11 +221,11 @@ class FineTuningSubspace(nn.Module):
 
         Raises ModelError where the file is something else or theta_0 is another.
         """
-        about, arrays = _read(path)
+        about, arrays = read_coordinates(path, _ABOUT, "fine-tuning subspace")
         coordinates, scales = arrays["coordinates"], arrays.get("scales", np.zeros(0))
-        if about["start"] != _digest(model):
+        if about["start"] != fingerprint(model):
             raise ModelError(
-                f"{path} belongs to other base weights (checksum {about['start']}, this model has {_digest(model)}); "
+                f"{path} belongs to other base weights (checksum {about['start']}, this model has {fingerprint(model)}); "
                 "load the same pretrained model, with a head drawn from the same seed"
             )
         options = {
@@ -247,11 +236,7 @@ class FineTuningSubspace(nn.Module):
             made.coordinates.copy_(torch.from_numpy(coordinates))
             if made.scales is not None:
                 made.scales.copy_(torch.from_numpy(scales))
-            for name, buffer in _kept_buffers(made.model).items():
-                stored = arrays.get(f"buffer {name}")
-                if stored is None or stored.size != _bytes(buffer).size:
-                    raise ModelError(f"{path} was saved for another architecture: it has no buffer like {name}")
-                buffer.copy_(torch.from_numpy(stored.copy()).view(buffer.dtype).view(buffer.shape))
+        restore_buffers(path, arrays, made.model)
         return made
 
 
@@ -362,34 +347,3 @@ def _layer(name: str, heads: Iterable[str]) -> str:
         return "embeddings"
     number = next((place for place, part in enumerate(parts) if part.isdigit()), None)
     return ".".join(parts[:-1] if number is None else parts[: number + 1]) or name
-
-
-def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    try:
-        with open(path, "rb") as file:  # what is no archive of arrays makes NpzFile fail at once
-            arrays = dict(NpzFile(file, allow_pickle=False))
-        about = json.loads(arrays["about"].tobytes())
-        coordinates = arrays["coordinates"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ModelError(f"{path} is not a saved fine-tuning subspace: {error}") from error
-    if not isinstance(about, dict) or _ABOUT - about.keys() or coordinates.ndim != 1:
-        raise ModelError(f"{path} is not a saved fine-tuning subspace: it must hold coordinates and {sorted(_ABOUT)}")
-    return about, arrays
-
-
-def _kept_buffers(module: nn.Module) -> dict[str, Tensor]:
-    kept = module.state_dict(keep_vars=True)
-    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
-
-
-def _bytes(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def _digest(module: nn.Module) -> str:
-    """Of every parameter's name, shape and value: what is outside the subspace has to be the same too."""
-    digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(_bytes(parameter).data)
-    return digest.hexdigest()[:16]
