@@ -60,7 +60,7 @@ def main() -> None:
     x = rng.standard_normal((2 * ROWS, COLUMNS)).astype(np.float32).astype(np.float64)
     wrapped = Wrapped(net)
     y = wrapped.predict(x)
-    ours = SurrogateExplainer(k=5, scores=("permutation",), repeats=REPEATS, random_state=0)
+    ours = SurrogateExplainer(k=5, scores=("permutation",), repeats=REPEATS, seed=0)
     ours.fit(net, x[:50], x[50:100])  # the first call of each imports and allocates
     permutation_importance(wrapped, x[:50, :], y[:50], scoring="neg_log_loss", n_repeats=1, max_samples=10)
     began = time.process_time()
@@ -76,7 +76,7 @@ def main() -> None:
     big = network(WIDE)
     began = time.process_time()
     with peak_memory() as peak:
-        SurrogateExplainer(k=15, random_state=0).fit(big, wide[:ROWS], wide[ROWS:])
+        SurrogateExplainer(k=15, seed=0).fit(big, wide[:ROWS], wide[ROWS:])
     whole = time.process_time() - began
     result = {
         "name": f"permutation importance of {COLUMNS} columns, {ROWS} rows, {REPEATS} repeats, one core",

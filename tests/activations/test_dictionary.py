@@ -1,6 +1,9 @@
 """Sparse autoencoders: formulas of each kind by hand, training on a known dictionary, folders as SAELens has them, errors."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,6 +142,65 @@ def test_the_same_seed_gives_the_same_numbers():
         runs.append((train_sae(sae, x, epochs=3, seed=2).fvu, sae))
     assert np.array_equal(runs[0][0], runs[1][0])
     assert stability(runs[0][1], runs[1][1]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("kind", ["topk", "attribution"])
+def test_rows_on_disk_are_trained_on_as_rows_in_memory(kind, tmp_path):
+    x, _ = sparse_rows(300)
+    slopes = torch.randn(300, 16, generator=torch.Generator().manual_seed(2)) if kind == "attribution" else None
+    np.save(tmp_path / "x.npy", x.numpy())
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    found = []
+    for rows in (x, mapped, mapped[:], np.array(mapped)):
+        sae = SparseAutoencoder(16, 20, kind, **({"k": 2} if kind == "topk" else {"l1": 0.1}))
+        history = train_sae(sae, rows, epochs=3, gradients=slopes, batch_size=64, resample=(2,))
+        found.append((history.fvu, sae.W_dec.detach().clone(), sae.scale.clone()))
+    for fvu, decoder, scale in found[1:]:
+        assert np.array_equal(fvu, found[0][0])
+        assert torch.equal(decoder, found[0][1])
+        assert torch.equal(scale, found[0][2])
+
+
+def test_rows_read_in_blocks_give_the_same_start_and_a_like_dictionary(tmp_path):
+    x, _ = sparse_rows(2000, mean=30.0)
+    np.save(tmp_path / "x.npy", x.half().numpy())
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    whole, parts = (SparseAutoencoder(16, 24, "topk", k=2) for _ in range(2))
+    one = train_sae(whole, x.half().float(), epochs=20, lr=3e-3, batch_size=100)
+    two = train_sae(
+        parts, mapped, epochs=20, lr=3e-3, batch_size=100, memory=8 * 16 * 450, resample=(3,)
+    )  # five blocks
+    assert float(parts.scale) == pytest.approx(float(whole.scale), rel=1e-5)
+    assert int(parts.steps) == int(whole.steps)
+    assert two.fvu[-1] == pytest.approx(one.fvu[-1], abs=0.05)
+    broken = np.array(mapped)
+    broken[1500, 3] = np.nan
+    with pytest.raises(ActivationError, match="row 1500"):
+        train_sae(SparseAutoencoder(16, 24, "topk", k=2), broken, epochs=1, memory=8 * 16 * 450)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell the peak of memory")
+def test_memory_stays_bounded_on_rows_larger_than_it(tmp_path):
+    """96 MiB of rows with 8 MiB to read: in a process of its own, so that what others freed does not count."""
+    run = """
+import sys
+import numpy as np
+from theodolite.activations.dictionary import SparseAutoencoder, train_sae
+from theodolite.core.memory import peak_memory
+x = np.load(sys.argv[1], mmap_mode="r")
+sae = SparseAutoencoder(64, 16, "topk", k=2)
+train_sae(sae, np.array(x[:2000]), epochs=1, batch_size=4096)  # what is needed in any case
+with peak_memory() as peak:
+    train_sae(sae, x, epochs=1, batch_size=4096, memory=8 << 20)
+print(peak.bytes)
+"""
+    rows = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (393_216, 64))
+    for part in np.split(rows, 24):
+        part[:] = np.random.default_rng(0).normal(size=part.shape)
+    rows.flush()
+    out = subprocess.run([sys.executable, "-c", run, tmp_path / "x.npy"], capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    assert int(out.stdout) < 48 << 20
 
 
 def test_resampled_latents_come_back():

@@ -205,6 +205,16 @@ def test_greedy_edits_come_near_the_best_subset(k):
     assert max(ratios) <= (1.0001 if k == 1 else 1.3)
 
 
+def test_features_that_help_only_together_are_found():
+    # moving one of the two overshoots, moving both is exact; the third helps a little by itself
+    decoder = torch.nn.functional.normalize(torch.tensor([[1.0, 0.1, 0.0], [-1.0, 0.1, 0.0], [0.0, 0.0, 1.0]]), dim=1)
+    clean, other = torch.zeros(1, 3), torch.tensor([[4.0, 4.0, 0.05]])
+    wanted = other[:, :2] @ decoder[:2]
+    edit = greedy_edit(clean, other, decoder, wanted, 2)
+    assert edit.removed.tolist() == [[True, True, False]]
+    assert torch.allclose(edit.change, wanted, atol=1e-6)
+
+
 def test_edits_of_many_rows_are_those_of_each_and_do_not_depend_on_memory():
     decoder, clean, other, wanted = drawn_edit(1, n=9)
     whole = greedy_edit(clean, other, decoder, wanted, 3)

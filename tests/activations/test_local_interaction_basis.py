@@ -1,5 +1,6 @@
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from theodolite.activations.local_interaction_basis import (
     edges_required,
     fourier_labels,
     interaction_graph,
+    norm_halves,
 )
 from theodolite.core.capture import ActivationError, CaptureError
 from theodolite.core.curve import QualityCurve
@@ -570,3 +572,58 @@ def test_too_many_outputs_are_refused_with_the_time_they_would_take():
 def test_fewer_rows_than_directions_are_told():
     with pytest.warns(RankWarning, match="fewer rows"):
         LocalInteractionBasis([torch.tanh]).fit(normal(5, 8))
+
+
+# ---- layer norms
+
+
+class RootMeanSquare(torch.nn.Module):
+    """As Llama has it."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.rand(width) + 0.5)
+        self.variance_epsilon = 1e-5
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+def norm_chain(norm):
+    torch.manual_seed(0)
+    one, two = torch.nn.Linear(6, 6), torch.nn.Linear(6, 3)
+    return [one, *norm_halves(norm), two], torch.nn.Sequential(one, norm, two)
+
+
+@pytest.mark.parametrize("make", [torch.nn.LayerNorm, torch.nn.RMSNorm, RootMeanSquare])
+@pytest.mark.parametrize("target", ["next", "output"])
+def test_the_spread_of_a_norm_is_kept_apart_from_all_directions(make, target):
+    norm = make(6)
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 2.0, 6))
+    sections, whole = norm_chain(norm)
+    x = torch.randn(300, 6, generator=torch.Generator().manual_seed(1)) * 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RankWarning)
+        mixed, apart = (
+            LocalInteractionBasis(sections, isolate_ln_var=on, target=target).fit(x) for on in (False, True)
+        )
+    assert torch.allclose(apart.sections_.run(x, 0), whole(x), atol=1e-5)
+    for basis, alone in ((mixed, False), (apart, True)):
+        C = basis.layers_[2].C.abs() / basis.layers_[2].C.abs().amax(dim=0)
+        own = (C[-1] > 1e-6) & (C[:-1].amax(dim=0) < 1e-6)
+        assert int(own.sum()) == int(alone)
+        assert bool((C[-1][~own] < 1e-6).all()) == alone
+    layer = apart.layers_[2]
+    assert torch.allclose(layer.C.T @ layer.gram @ layer.C, torch.diag(layer.eigenvalues), atol=1e-8)
+    kept = ablate_nodes(apart, x, lambda out: -float((out - whole(x)).detach().abs().max()), 2, [layer.rank])
+    assert kept.score[0] > -1e-5
+
+
+def test_what_is_no_norm_is_not_cut_and_what_is_not_cut_is_not_isolated():
+    with pytest.raises(ModelError, match="BatchNorm1d is neither"):
+        norm_halves(torch.nn.BatchNorm1d(4))
+    with pytest.raises(ModelError, match="neither"):
+        norm_halves(torch.nn.Identity())
+    with pytest.raises(InputError, match="norm_halves"):
+        LocalInteractionBasis([torch.nn.Linear(3, 2)], isolate_ln_var=True).fit(torch.randn(20, 3))

@@ -36,7 +36,7 @@ from theodolite.activations.relative import (
     stitch,
     stitching_table,
 )
-from theodolite.core.dictionary import Dictionary, LinearDictionary, explained_variance, measure
+from theodolite.core.dictionary import Dictionary, LinearDictionary, decoder_of, explained_variance, measure
 from theodolite.core.errors import DataError, InputError, ModelError
 from theodolite.language.pretrained import load_decoder, load_encoder, model_folder
 
@@ -783,3 +783,14 @@ def test_the_command_compares_two_files_of_vectors(tmp_path):
         failed = run(*wrong)
         assert failed.exit_code != 0
         assert words in str(failed.exception or failed.output)
+
+
+@pytest.mark.parametrize("preprocess", ["center", "standardize"])
+@pytest.mark.parametrize("similarity", ["cosine", "inner", "basis"])
+def test_anchors_about_their_mean_depend_on_each_other_and_decode_all_the_same(preprocess, similarity):
+    x = torch.randn(300, 20, generator=torch.Generator().manual_seed(0)).abs()
+    one = RelativeProjection(8, preprocess=preprocess, similarity=similarity).fit(x)
+    decoder, bias = decoder_of(one, one.encode(x))  # raises where codes do not add up
+    assert float(decoder.abs().max()) < 100
+    assert torch.allclose(one.decode(one.encode(x)), one.encode(x) @ decoder + bias, atol=1e-3)
+    assert 0.1 < explained_variance(one, x) < 1

@@ -83,7 +83,7 @@ def test_order_sign_and_length_of_directions_do_not_count(order, scales):
         (lambda: explained_variance(LinearDictionary.neurons(3), rows()), "width 3"),
         (lambda: explained_variance(LinearDictionary.neurons(6), torch.ones(5, 6)), "no variance"),
         (lambda: measure({"x": LinearDictionary.neurons(6)}, rows(1)), "at least two"),
-        (lambda: kept_codes_curve(LinearDictionary.neurons(6), rows(10), [1]), "at least 20"),
+        (lambda: kept_codes_curve(LinearDictionary.neurons(6), rows(10), [1]), "at least 10"),
         (lambda: stability(LinearDictionary.neurons(3), LinearDictionary.neurons(4)), "do not compare"),
     ],
 )

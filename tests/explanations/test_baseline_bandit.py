@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import pickle
 import warnings
 
 import numpy as np
@@ -488,6 +489,46 @@ def test_a_draw_without_a_finite_gradient_is_left_out_and_counted(digits):
     assert 0 < found.n_dropped == np.isnan(found.scores).sum() < 12
     with pytest.raises(InputError, match="no draw had a finite gradient"):
         bb.BaselineBandit("adp", families=[broken]).fit(digits.predictor, x)
+
+
+class AboveAFloor(nn.Module):
+    """Has an answer for bright images alone, so none at most points of a path from zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.turn = nn.Identity()
+
+    def forward(self, x):
+        light = self.turn(x).mean(dim=(1, 2, 3))
+        return torch.stack([(light - 0.3).sqrt(), light, -light], dim=1)
+
+
+def test_a_zero_baseline_without_a_finite_gradient_takes_nothing_from_the_others():
+    bright, dim = 0.9 + 0.1 * images(8), 0.45 + 0.1 * images(1, 1)
+    bandit = bb.BaselineBandit(
+        "pic", layers="turn", families=["train", "zero"], context="uniform", draws=8, steps=2, removed=1.0
+    )
+    found = bandit.fit(AboveAFloor(), bright, bank=bright).explain(dim[0], target=0)
+    assert math.isnan(found.baseline_score)
+    assert found.n_dropped == int((found.arms == 1).sum()) > 0
+    assert (found.family, math.isfinite(found.score)) == ("train", True)
+
+
+def test_what_is_found_can_be_kept_and_sent(digits):
+    bandit = bb.BaselineBandit("adp", draws=2).fit(digits.predictor, digits.data.train.x[:6])
+    found = bandit.explain(digits.data.test.x[0])
+    assert pickle.loads(pickle.dumps(found)).mixture() == found.mixture()
+
+
+def test_inputs_of_another_precision_are_taken_as_the_network_takes_them(digits):
+    x = digits.data.train.x[:8]
+    one, other = (bb.BaselineBandit("adp", draws=2).fit(digits.predictor, rows) for rows in (x, x.double()))
+    assert torch.equal(one.explain(x[0]).map, other.explain(x[0].double()).map)
+    maps = torch.rand(8, 8, generator=rng())
+    assert bb.adp(digits.predictor, x[0].double().numpy(), maps) == bb.adp(digits.predictor, x[0], maps)
+    assert bb.compare_families(digits.predictor, x.double(), None, ["adp"], 1).equals(
+        bb.compare_families(digits.predictor, x, None, ["adp"], 1)
+    )
 
 
 def test_a_constant_map_is_rewarded_with_minus_one():

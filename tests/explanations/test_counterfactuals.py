@@ -53,6 +53,24 @@ def test_the_closest_point_in_l1_changes_the_steepest_column_alone():
     assert found.cost[0] == pytest.approx((2.5 - (0.8 - 0.6 + 0.9)) / 3, rel=0.02)
 
 
+def test_in_many_columns_l1_still_moves_few_of_them():
+    """The nearest accepted row changes every column; the search must not be content with it."""
+    rng = np.random.default_rng(0)
+    w, train = rng.normal(size=30), cube(30)
+    net = line(w.tolist(), -float(np.quantile(train @ w, 0.8)))
+    x = train[2:][(train[2:] @ w < np.quantile(train @ w, 0.8))][:5]
+    found = ClosestCounterfactual(norm=1).fit(net, train).generate(x)
+    for row, cost, point in zip(x, found.cost, found.counterfactuals, strict=True):
+        gap, exact = float(np.quantile(train @ w, 0.8) - row @ w), 0.0
+        for j in np.argsort(
+            -np.abs(w)
+        ):  # a linear program over a box: the steepest columns first, each as far as it goes
+            step = min(gap / abs(w[j]), 1 - row[j] if w[j] > 0 else row[j])
+            exact, gap = exact + step, gap - step * abs(w[j])
+        assert cost == pytest.approx(exact, rel=0.03, abs=2e-3)
+        assert (point == row).mean() > 0.5  # columns about as steep as each other may share the change
+
+
 def test_units_of_the_user_do_not_matter():
     net, x = line([2.0, -1.0, 3.0], -2.5), np.array([[0.4, 0.6, 0.3]])
     factor, shift = np.array([1000.0, 0.01, 5.0]), np.array([-7.0, 3.0, 0.0])
@@ -211,6 +229,17 @@ def test_retrained_models_differ_repeat_and_learn(mode):
     assert not torch.allclose(one[0](rows), one[1](rows))
 
 
+def test_a_factory_without_an_argument_is_made_under_the_seed():
+    x, y = table(60, 2), (table(60, 2)[:, 0] > 0.5).astype(int)
+    recipe = Recipe(epochs=2, batch_size=32, lr=1e-2)
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    one, two = (retrain(lambda: nn.Linear(2, 2), x, y, 2, recipe=recipe, seed=3) for _ in range(2))
+    assert torch.equal(one[1].weight, two[1].weight)
+    assert not torch.equal(one[0].weight, one[1].weight)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
 def test_retraining_refuses_shared_initial_weights():
     with pytest.raises(InputError, match="same initial weights"):
         retrain(lambda seed: network(0), table(), np.arange(200) % 2, 2, recipe=RECIPE)
@@ -224,6 +253,14 @@ def test_estimators_and_single_logits_are_retrained_too():
     shares = robust_validity(x, [*forests, *nets])
     assert shares.shape == (200,)
     assert shares[y == 1].mean() > shares[y == 0].mean()
+
+
+def test_a_point_that_is_none_survives_no_change():
+    points = np.array([[1.0, 1.0], [np.nan, 1.0]])
+    for some in (points, torch.as_tensor(points), pd.DataFrame(points)):
+        assert robust_validity(some, [line([1.0, 0.0], 0.0)]).tolist() == [1.0, 0.0]
+    with pytest.raises(DataError, match="points must be"):
+        robust_validity(points[0], [line([1.0, 0.0], 0.0)])
 
 
 def test_robust_validity_counts_models_of_the_target_class():

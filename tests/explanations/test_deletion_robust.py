@@ -24,9 +24,14 @@ from theodolite.explanations.deletion_robust import (
 )
 from theodolite.explanations.deletion_robust.networks import NetworkScore
 from theodolite.explanations.deletion_robust.solver import Feasible, cut, nearest, robust_to_weight_box
+from theodolite.explanations.table_schema import TableSchema
 
 FREE = Feasible.everything(4)
 KINDS = ("leverage", "first-order", "first-order-damped")
+
+
+def limited(**options):
+    return Feasible.of(TableSchema.of(np.eye(4), **options))
 
 
 def table(n=120, d=4, seed=0):
@@ -130,7 +135,7 @@ def test_one_plane_is_the_closed_form():
 def test_many_planes_are_the_general_solver_s_answer(seed, q, held):
     rng = np.random.default_rng(seed)
     x, planes = rng.normal(size=4), rng.normal(size=(q, 5)) + np.array([1.5, 0, 0, 0, -1])
-    limits = Feasible.of(np.eye(4), [2], (-3, 3)) if held else FREE
+    limits = limited(immutable=[2], bounds=(-3, 3)) if held else FREE
     x = np.clip(x, -3, 3)
     bounds = [(x[2], x[2]) if held and j == 2 else (limits.low[j], limits.high[j]) for j in range(4)]
     peer = minimize(
@@ -143,7 +148,7 @@ def test_many_planes_are_the_general_solver_s_answer(seed, q, held):
         assert not peer.success or (planes[:, :4] @ peer.x + planes[:, 4]).min() < -1e-7
         return
     assert (planes[:, :4] @ found + planes[:, 4]).min() > -1e-9
-    assert limits.allows(found)
+    assert ((found >= limits.low) & (found <= limits.high)).all()
     if peer.success:
         assert np.linalg.norm(found - x) <= np.linalg.norm(peer.x - x) + 1e-5
         assert found == pytest.approx(peer.x, abs=1e-4)
@@ -153,9 +158,9 @@ def test_norm_one_moves_the_steepest_feature_only():
     w = np.array([1.0, -3.0, 0.5, 0.0, -2.0])
     found = nearest(np.zeros(4), w[None], 0.0, FREE, 1)
     assert found == pytest.approx([0, -2 / 3, 0, 0], abs=1e-9)
-    bounded = nearest(np.zeros(4), w[None], 0.0, Feasible.of(np.eye(4), None, (-0.5, 2)), 1)
+    bounded = nearest(np.zeros(4), w[None], 0.0, limited(bounds=(-0.5, 2)), 1)
     assert bounded == pytest.approx([0.5, -0.5, 0, 0], abs=1e-9)
-    assert nearest(np.zeros(4), w[None], 0.0, Feasible.of(np.eye(4), [0, 1, 2]), 1) is None
+    assert nearest(np.zeros(4), w[None], 0.0, limited(immutable=[0, 1, 2]), 1) is None
 
 
 @pytest.mark.parametrize("delta", [0.01, 0.2])
@@ -311,6 +316,87 @@ def test_columns_of_a_data_frame_are_held_by_name():
     told = DeletionRobustCounterfactual(3, immutable=[1], bounds=(None, [2, np.inf, np.inf, np.inf])).fit(x, y)
     assert named.counterfactuals == pytest.approx(told.generate(queries).counterfactuals, abs=1e-9, nan_ok=True)
     assert (named.counterfactuals[named.valid, 1] == queries[named.valid, 1]).all()
+
+
+def kinds(n=160, seed=0):
+    """Two numbers and two one-hot groups, of three and of two kinds."""
+    rng = np.random.default_rng(seed)
+    first, second = np.eye(3)[rng.integers(0, 3, n)], np.eye(2)[rng.integers(0, 2, n)]
+    x = np.column_stack([rng.normal(size=(n, 2)), first, second])
+    y = (x @ [1.0, -0.5, 1.5, -1.0, 0.5, -0.8, 0.8] + rng.normal(size=n) > 0).astype(int)
+    return x, y
+
+
+GROUPS = ([2, 3, 4], [5, 6])
+
+
+@pytest.mark.parametrize("norm", [1, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_with_one_hot_groups_the_nearest_point_is_that_of_all_choices(seed, norm):
+    rng = np.random.default_rng(seed)
+    x, _ = kinds(seed=seed)
+    feasible = Feasible.of(TableSchema.of(x, groups=GROUPS, bounds={0: (-1.5, 1.5), 1: (-1.5, 1.5)}))
+    planes = rng.normal(size=(3, 8)) - [0, 0, 0, 0, 0, 0, 0, 1.0]
+    for query in x[:4]:
+        costs = []
+        for i, j in itertools.product((2, 3, 4), (5, 6)):
+            held = np.where(np.isin(np.arange(7), (i, j)), 1.0, 0.0)
+            move = minimize(
+                lambda v, q=query: np.abs(v - q[:2]).sum() if norm == 1 else np.linalg.norm(v - q[:2]), query[:2] + 0.1,
+                bounds=[(-1.5, 1.5)] * 2, method="SLSQP", options={"ftol": 1e-13, "maxiter": 500},
+                constraints={"type": "ineq", "fun": lambda v, h=held: planes[:, :7] @ np.append(v, h[2:]) + planes[:, 7]},
+            )  # fmt: skip
+            if (planes[:, :7] @ np.append(move.x, held[2:]) + planes[:, 7]).min() > -1e-7:
+                point = np.append(move.x, held[2:])
+                costs.append(np.linalg.norm(point - query, ord=norm))
+        found = nearest(query, planes, 0.0, feasible, norm)
+        if found is None:
+            assert not costs
+            continue
+        assert np.linalg.norm(found - query, ord=norm) <= min(costs) + 1e-5
+        assert [found[list(group)].sum() for group in GROUPS] == [1, 1]
+        assert set(found[2:].tolist()) <= {0.0, 1.0}
+        assert (planes[:, :7] @ found + planes[:, 7]).min() > -1e-8
+
+
+@pytest.mark.parametrize("route", ["linear", "last-layer", "local-linear"])
+def test_groups_stay_one_hot_and_one_way_columns_go_one_way(route):
+    x, y = kinds()
+    model = None if route == "linear" else trained(x, y)
+    w = ExactRetrainer(x, y).weights
+    queries = x[(x @ w[:-1] + w[-1] < -0.5) & (y == 0)][:6]
+    given = {"groups": GROUPS, "increasing": [0], "decreasing": [1]}
+    found = DeletionRobustCounterfactual(3, **given).fit(x, y, model, route=route).generate(queries)
+    points = found.counterfactuals[found.valid]
+    assert found.valid.sum() >= {"linear": 6, "last-layer": 4, "local-linear": 1}[route]  # a network levels off
+    assert (points[:, 0] >= queries[found.valid, 0]).all()
+    assert (points[:, 1] <= queries[found.valid, 1]).all()
+    for group in GROUPS:
+        assert set(np.unique(points[:, list(group)]).tolist()) <= {0.0, 1.0}
+        assert (points[:, list(group)].sum(axis=1) == 1).all()
+    held = DeletionRobustCounterfactual(3, **given, immutable=[2]).fit(x, y, model, route=route).generate(queries)
+    assert (held.counterfactuals[held.valid][:, 2:5] == queries[held.valid][:, 2:5]).all()
+    if route == "linear":
+        free = DeletionRobustCounterfactual(3).fit(x, y).generate(queries)
+        assert (found.cost >= free.cost - 1e-9).all()
+
+
+def test_groups_that_are_none_are_told():
+    x, y = kinds()
+    with pytest.raises(DataError, match="not one-hot"):
+        DeletionRobustCounterfactual(3, groups=[[0, 1]]).fit(x, y)
+    made = DeletionRobustCounterfactual(3, groups=GROUPS).fit(x, y)
+    with pytest.raises(DataError, match="X_query: the columns"):
+        made.generate(x[:1] + 0.5)
+
+
+def test_queries_of_a_data_frame_are_read_by_name():
+    x, y = table()
+    frame = pd.DataFrame(x, columns=list("abcd"))
+    made = DeletionRobustCounterfactual(3).fit(frame, y)
+    queries = frame.iloc[:5]
+    straight, turned = made.generate(queries), made.generate(queries[list("dcba")])
+    assert np.array_equal(straight.counterfactuals, turned.counterfactuals, equal_nan=True)
 
 
 def test_what_cannot_be_reached_is_nan():
@@ -480,7 +566,7 @@ def test_shares_are_rounded_down_but_delete_at_least_one():
 @pytest.mark.parametrize(
     ("options", "what"),
     [({"norm": 3}, "norm"), ({"worst_set": "both"}, "worst_set"), ({"influence": "none"}, "influence"),
-     ({"max_planes": 0}, "max_planes"),
+     ({"max_planes": 0}, "max_planes"), ({"verify": True, "worst_set": "at-factual"}, "verify finds"),
      ({"damping": 0.0}, "damping"), ({"immutable": [9]}, "no column 9"), ({"bounds": (1, 0)}, "bounds must be"),
      ({"bounds": (1, 2, 3)}, "bounds must be"),
      ({"bounds": ([1, 2], 3)}, "bounds must be")],

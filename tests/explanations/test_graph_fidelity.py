@@ -498,7 +498,7 @@ def test_coherence_refuses_what_it_cannot_rank():
             coherence(model, made.graphs, made.explanations, **options)
     with pytest.raises(InputError, match="graph 1: the true explanation holds no edge"):
         coherence(model, made.graphs, [made.explanations[0], []])
-    with pytest.raises(InputError, match="one true explanation"):
+    with pytest.raises(InputError, match="one explanation a graph"):
         coherence(model, made.graphs, [])
     flat = coherence(
         lambda A, node_mask, x: torch.tensor([[1.0, 0.0]]).repeat(len(A), 1),

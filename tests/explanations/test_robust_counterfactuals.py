@@ -2,6 +2,7 @@ import math
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -376,3 +377,40 @@ def test_the_table_of_methods():
     assert (frame["base_validity"] == 1).all()
     assert frame["lof"][1] == 1
     assert frame["robust_validity"][1] >= frame["robust_validity"][0]
+
+
+def test_two_methods_of_one_kind_need_names():
+    net = trained()
+    with pytest.raises(InputError, match="name them"):
+        benchmark([TRexNearest(tau=0.6), TRexNearest(tau=0.9)], net, [net], rejected(net, 2), rows())
+
+
+def test_confidence_that_is_not_reached_is_told():
+    def shy(x):
+        return torch.sigmoid(0.6 * (x[:, 0] - 0.2))  # at most 0.62 where the column ends at 1
+
+    found = ConfidenceThreshold(tau=0.9, k=50).fit(shy, rows()).generate([[0.1, 0.5, 0.5, 0.5]])
+    assert found.valid.tolist() == [True]
+    assert found.reached.tolist() == [False]
+    assert ConfidenceThreshold(tau=0.55, k=50).fit(shy, rows()).generate([[0.1, 0.5, 0.5, 0.5]]).reached.all()
+
+
+def test_tables_and_tensors_are_taken_without_a_warning():
+    x, frame = rows(), pd.DataFrame(rows(), columns=list("abcd"))
+    y = (x[:, 0] > 0.5).astype(int)
+    model = LogisticRegression(C=100).fit(frame, y)
+    found = TRexNearest(k=50).fit(model, frame).generate(frame.iloc[:3])
+    assert found.valid.all()
+    same = (
+        TRexNearest(k=50).fit(LogisticRegression(C=100).fit(x, y), torch.as_tensor(x)).generate(torch.as_tensor(x[:3]))
+    )
+    assert np.array_equal(found.counterfactuals, same.counterfactuals)
+    assert np.array_equal(stability(model, frame.iloc[:3], k=20), stability(model, x[:3], k=20))
+
+
+def test_answers_that_cannot_be_used_are_told():
+    x = rows()
+    with pytest.raises(ModelError, match="cannot be differentiated"):
+        TRex().fit(lambda x: torch.full((len(x),), 0.2), x).generate(x[:2])
+    with pytest.raises(ModelError, match="a tensor, got ndarray"):
+        stability(lambda x: np.full(len(x), 0.2), x[:2])

@@ -412,6 +412,18 @@ def test_texts_are_perturbed_explained_and_read():
     assert set(effects(table, 200)["method"]) == {"lime", "boundary", "prototype"}
 
 
+def test_texts_of_different_lengths_are_read_in_both_tests():
+    texts = [text + " and so on and so on" * (i % 3) for i, text in enumerate(TEXTS * 2)]
+    y = np.arange(len(texts)) // 2 % 2
+    made = SimulationProtocol(good, texts, y, kind="text", learning=8, test=16, most_changes=4)
+    table = run(made, [Lime(samples=100), DecisionBoundary(samples=100)], StudentSimulator(), 1)
+    assert set(table["test"]) == {"forward", "counterfactual"}
+    changed = made.counterfactual()
+    assert ((good(changed.perturbed) > 0.5) == (changed.perturbed_outputs == 1)).all()
+    by_path = table[(table["method"] == "boundary") & (table["test"] == "counterfactual")]
+    assert set(by_path["post"]) <= {0, 1}
+
+
 def test_a_text_keeps_unknown_words_and_its_neighbours_share_company():
     domain = TextDomain(TEXTS)
     codes = domain.encode(["a good snow film"])
@@ -435,6 +447,9 @@ def test_forms_go_out_and_come_back(tmp_path):
     assert "model" not in post.columns
     learning = pd.read_csv(folder / "lime-learning.csv")
     assert not set(learning["id"]) & set(post["id"])
+    first = pd.read_csv(folder / "lime-first.csv")  # what is learnt before any explanation was seen
+    assert list(first.columns) == ["id", "input", "model"]
+    assert first["id"].tolist() == learning["id"].tolist() == test.learning_ids.tolist()
     assert learning["explanation"].str.contains("Evidence").all()
     names = np.array(["below", "above"])
     truth = dict(zip(test.ids.tolist(), test.model_outputs.tolist(), strict=True))

@@ -49,7 +49,7 @@ def table(n=400, d=8, seed=0):
 def fitted(seed=0, d=8, classes=3, **options):
     rng = np.random.default_rng(seed)
     x, f = table(500, d, seed), logistic(rng.normal(size=(d, classes)), 2.0)
-    options = {"k": min(4, d), "random_state": 0, **options}
+    options = {"k": min(4, d), "seed": 0, **options}
     return SurrogateExplainer(**options).fit(f, x[:300], x[300:400]), x, f
 
 
@@ -60,7 +60,7 @@ def test_an_additive_model_has_its_closed_forms():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(40_000, 6)) * np.array([1.0, 2.0, 1.0, 1.0, 1.0, 1.0])
     f = lambda x: 3 * x[:, 0] - 2 * x[:, 1]
-    explainer = SurrogateExplainer(k=2, surrogate="ridge", random_state=0).fit(f, x[:20_000], x[20_000:])
+    explainer = SurrogateExplainer(k=2, surrogate="ridge", seed=0).fit(f, x[:20_000], x[20_000:])
     found, variance = explainer.importance_, x[20_000:].var(axis=0)
     assert np.allclose(found["permutation"][:2], 2 * np.array([9, 4]) * variance[:2], rtol=0.05)
     assert np.allclose(found["permutation"][2:], 0, atol=1e-12)
@@ -167,7 +167,7 @@ def test_the_quick_way_through_the_first_layer_is_the_whole_network():
 def test_permutation_importance_is_scikit_learns():
     x, y = load_breast_cancer(return_X_y=True)
     model = LogisticRegression(max_iter=10_000).fit(x[:300], y[:300])
-    explainer = SurrogateExplainer(k=5, scores=("permutation",), repeats=30, random_state=0)
+    explainer = SurrogateExplainer(k=5, scores=("permutation",), repeats=30, seed=0)
     ours = explainer.fit(model, x[:300], x[300:], y[300:]).importance_
     peer = permutation_importance(model, x[300:], y[300:], scoring="neg_log_loss", n_repeats=30, random_state=1)
     off = np.abs(ours["permutation"] - peer.importances_mean)
@@ -177,7 +177,7 @@ def test_permutation_importance_is_scikit_learns():
 def test_gradients_are_the_closed_form():
     linear = nn.Linear(5, 3)
     x = table(80, 5)
-    explainer = SurrogateExplainer(k=2, scores=("gradient",), random_state=0).fit(linear, x[:40], x[40:])
+    explainer = SurrogateExplainer(k=2, scores=("gradient",), seed=0).fit(linear, x[:40], x[40:])
     w = linear.weight.detach().double().numpy()
     centred = (w - w.mean(axis=0))[BlackBox(linear)(x[40:]).argmax(axis=1)]
     assert np.allclose(explainer.importance_["gradient"], np.abs(centred * x[40:]).mean(axis=0), atol=1e-6)
@@ -190,7 +190,7 @@ def test_comprehensiveness_and_sufficiency_by_hand():
     f = logistic([[2.0, -2.0], [0.5, -0.5], [0.0, 0.0]])
     x = table(300, 3)
     for replacement in ("median", "zero", "random"):
-        explainer = SurrogateExplainer(k=1, replacement=replacement, random_state=0).fit(f, x[:100], x[100:200])
+        explainer = SurrogateExplainer(k=1, replacement=replacement, seed=0).fit(f, x[:100], x[100:200])
         assert explainer.top_.tolist() == [0]
         test = x[200:]
         p, y = f(test), f(test).argmax(axis=1)
@@ -244,8 +244,8 @@ def test_repeated_columns_are_found_together_and_picked_apart():
     x = table(300, 5)
     x[:, 1] = x[:, 0] + 0.01 * table(300, 1, 9)[:, 0]
     f = logistic([[1.0, -1.0], [1.0, -1.0], [0.6, -0.6], [0.0, 0.0], [0.0, 0.0]])
-    plain = SurrogateExplainer(k=2, redundancy="none", random_state=0).fit(f, x[:150], x[150:])
-    apart = SurrogateExplainer(k=2, random_state=0).fit(f, x[:150], x[150:])
+    plain = SurrogateExplainer(k=2, redundancy="none", seed=0).fit(f, x[:150], x[150:])
+    apart = SurrogateExplainer(k=2, seed=0).fit(f, x[:150], x[150:])
     assert set(plain.columns_) == set(apart.top_) == {0, 1}
     assert set(apart.columns_) in ({0, 2}, {1, 2})
     assert plain.clusters_ == ((0, 1),) or plain.clusters_ == ((1, 0),)
@@ -264,7 +264,7 @@ def test_wide_tables_are_screened_first():
         rows["asked"] += len(x)
         return f(x)
 
-    explainer = SurrogateExplainer(k=3, screen=50, repeats=2, random_state=0).fit(counted, x[:200], x[200:])
+    explainer = SurrogateExplainer(k=3, screen=50, repeats=2, seed=0).fit(counted, x[:200], x[200:])
     assert set(explainer.top_) == {3, 77, 400}
     assert int(explainer.importance_["permutation"].notna().sum()) == 50
     assert rows["asked"] <= 200 + 100 * 2 + 700 * 64 + 50 * 3 * 100
@@ -272,7 +272,7 @@ def test_wide_tables_are_screened_first():
     net = nn.Linear(700, 2)
     with torch.no_grad():
         net.weight.copy_(torch.as_tensor(weights.T))
-    assert set(SurrogateExplainer(k=3, random_state=0).fit(net, x[:200], x[200:]).top_) == {3, 77, 400}
+    assert set(SurrogateExplainer(k=3, seed=0).fit(net, x[:200], x[200:]).top_) == {3, 77, 400}
 
 
 def test_k_is_chosen_on_the_validation_rows():
@@ -287,7 +287,7 @@ def test_k_is_chosen_on_the_validation_rows():
     assert len(explainer.top_) == len(explainer.columns_) == explainer.k_
     few, x, _ = fitted(k="auto", d=2)
     assert few.k_ == 2
-    one = SurrogateExplainer(random_state=0).fit(logistic([[1.0, -1.0]]), x[:200, :1], x[200:, :1])
+    one = SurrogateExplainer(seed=0).fit(logistic([[1.0, -1.0]]), x[:200, :1], x[200:, :1])
     assert one.k_ == 1
     assert one.counterfactual(x[0, :1]).flips_surrogate
 
@@ -309,7 +309,7 @@ def test_frames_names_and_classes_go_through():
     bunch = load_breast_cancer(as_frame=True)
     x, y = bunch.data, bunch.target_names[bunch.target]
     model = RandomForestClassifier(20, random_state=0).fit(x[:300], y[:300])
-    explainer = SurrogateExplainer(k=5, random_state=0).fit(model, x[:300], x[300:450], y[300:450])
+    explainer = SurrogateExplainer(k=5, seed=0).fit(model, x[:300], x[300:450], y[300:450])
     assert explainer.features_ == list(x.columns)
     assert set(explainer.classes_) == {"benign", "malignant"}
     found = explainer.fidelity(x[450:], y[450:])
@@ -333,15 +333,33 @@ def test_frames_names_and_classes_go_through():
     written = json.loads(json.dumps(explainer.to_json(), allow_nan=False))
     assert written["k"] == 5
     assert written["rules"][0]["text"] == str(explainer.rules()[0])
-    with pytest.raises(InputError, match="same names"):
-        explainer.fidelity(x[x.columns[::-1]])
+    turned = x[x.columns[::-1]]  # columns are found by name, never by place
+    assert explainer.fidelity(turned[450:]) == explainer.fidelity(x[450:])
+    with pytest.raises(InputError, match="lacks the columns"):
+        explainer.fidelity(x[x.columns[:3]])
+
+
+def test_a_model_of_a_data_frame_takes_its_columns_by_name_or_by_place():
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(rng.normal(size=(200, 3)), columns=list("abc"))
+    model = RandomForestClassifier(10, random_state=0).fit(frame, frame["b"] > 0)
+    for train, val, names in (
+        (frame[:120], frame[120:], None),
+        (frame[:120][list("cab")], frame[120:], None),
+        (frame[:120], frame[120:], ["one", "two", "three"]),
+        (frame.to_numpy()[:120], frame.to_numpy()[120:], None),
+    ):
+        explainer = SurrogateExplainer(k=1, feature_names=names).fit(model, train, val)
+        assert explainer.features_[explainer.top_[0]] in ("b", "two", "x1")
+    with pytest.raises(ModelError, match="fitted on 3 columns"):
+        SurrogateExplainer(k=1).fit(model, frame.to_numpy()[:120, :2], frame.to_numpy()[120:, :2])
 
 
 def test_a_regression_is_copied_too():
     x = table(400, 6)
     y = 2 * x[:, 1] + np.sign(x[:, 4])
     model = RandomForestRegressor(20, random_state=0).fit(x[:200], y[:200])
-    explainer = SurrogateExplainer(k=2, random_state=0).fit(model, x[:200], x[200:300], y[200:300])
+    explainer = SurrogateExplainer(k=2, seed=0).fit(model, x[:200], x[200:300], y[200:300])
     assert set(explainer.top_) == {1, 4}
     assert explainer.fidelity(x[300:], y[300:]).r2 > 0.8
     rule = explainer.rules()[0]
@@ -362,7 +380,7 @@ def test_a_network_that_memorised_has_no_faithful_copy():
     x = table(200, 30)
     y = np.random.default_rng(1).integers(0, 2, 200)
     model = RandomForestClassifier(50, random_state=0).fit(x[:100], y[:100])
-    explainer = SurrogateExplainer(k=5, random_state=0).fit(model, x[:100], x[100:150], y[100:150])
+    explainer = SurrogateExplainer(k=5, seed=0).fit(model, x[:100], x[100:150], y[100:150])
     trained, held = explainer.fidelity(x[:100]).r2, explainer.fidelity(x[150:]).r2
     assert trained > 0.5 > 0.2 > held
 
@@ -380,7 +398,7 @@ def test_the_attention_network_learns_and_its_attention_is_a_vote(attention):
         optimizer.step()
     net.eval()
     assert torch.allclose(net.attention_weights(x).sum(dim=1), torch.ones(400), atol=1e-5)
-    explainer = SurrogateExplainer(k=1, scores=("attention", "permutation", "gradient"), random_state=0)
+    explainer = SurrogateExplainer(k=1, scores=("attention", "permutation", "gradient"), seed=0)
     explainer.fit(net, x[:200], x[200:300], y[200:300])
     assert explainer.top_.tolist() == [2]
     assert explainer.importance_["attention"].sum() == pytest.approx(1, abs=1e-4)
@@ -422,7 +440,7 @@ def test_what_cannot_be_done_is_said():
     with pytest.raises(ValueError, match="X_val is X_train"):
         SurrogateExplainer(k=2).fit(f, x, x.copy())
     with pytest.warns(OverlapWarning, match="100 of 300"):
-        SurrogateExplainer(k=2, random_state=0).fit(f, x[:200], x[100:])
+        SurrogateExplainer(k=2, seed=0).fit(f, x[:200], x[100:])
     with pytest.raises(InputError, match="table"):
         SurrogateExplainer(k=2).fit(f, x[0], x[1])
     with pytest.raises(InputError, match="7 columns"):
@@ -463,7 +481,7 @@ def test_outputs_that_are_no_probabilities_are_refused_or_put_through_a_softmax(
         SurrogateExplainer(k=2).fit(scores, x[:200], x[200:])
     found = BlackBox(scores, logits=True)(x)
     assert np.allclose(found, np.exp(x[:, :3]) / np.exp(x[:, :3]).sum(axis=1, keepdims=True))
-    SurrogateExplainer(k=2, logits=True, random_state=0).fit(scores, x[:200], x[200:])
+    SurrogateExplainer(k=2, logits=True, seed=0).fit(scores, x[:200], x[200:])
     with pytest.raises(NotProbabilitiesError, match="not finite"):
         SurrogateExplainer(k=2).fit(lambda x: np.full((len(x), 2), np.nan), x[:200], x[200:])
     words = LinearSVC().fit(x, np.where(x[:, 0] > 0, "a", "b"))
@@ -485,7 +503,7 @@ def test_a_constant_black_box_has_no_r2_but_agreement():
     x = table()
     constant = lambda x: np.tile([0.7, 0.3], (len(x), 1))
     for k in (2, "auto"):
-        explainer = SurrogateExplainer(k=k, random_state=0).fit(constant, x[:200], x[200:300])
+        explainer = SurrogateExplainer(k=k, seed=0).fit(constant, x[:200], x[200:300])
         with pytest.warns(ConstantModelWarning, match="undefined"):
             found = explainer.fidelity(x[300:])
         assert np.isnan(found.r2)
@@ -504,9 +522,7 @@ def test_missing_values_are_for_boosting():
         SurrogateExplainer(k=3).fit(model, x[:200], x[200:])
     with pytest.raises(ValueError, match="in b"):
         SurrogateExplainer(k=3).fit(model, pd.DataFrame(x[:200], columns=list("acbdefgh")), x[200:])
-    explainer = SurrogateExplainer(k=3, surrogate="boosting", random_state=0).fit(
-        model, x[:200], x[200:300], y[200:300]
-    )
+    explainer = SurrogateExplainer(k=3, surrogate="boosting", seed=0).fit(model, x[:200], x[200:300], y[200:300])
     assert explainer.top_[0] == 0
     assert explainer.fidelity(x[300:]).r2 > 0.8
     with pytest.raises(InputError, match="without missing"):
@@ -519,7 +535,7 @@ def test_gradients_that_are_not_there_are_left_out():
             return torch.stack([(x[:, 0] > 0).float(), (x[:, 0] <= 0).float()], dim=1)
 
     x = table()
-    explainer = SurrogateExplainer(k=1, random_state=0).fit(Steps(), x[:200], x[200:])
+    explainer = SurrogateExplainer(k=1, seed=0).fit(Steps(), x[:200], x[200:])
     assert explainer.top_.tolist() == [0]
     assert "not differentiable" in explainer.notes_[0]
     assert "gradient" not in explainer.importance_

@@ -9,6 +9,7 @@ import torch
 from language_server import protocol_server
 from theodolite.core.errors import InputError, ModelError
 from theodolite.language import connect
+from theodolite.language.endpoint import _read_chat
 from theodolite.language.model import EndpointError, EndpointUnavailable, LogprobsUnavailable, ScoringUnavailable
 from tiny_language_model import save_tiny_model
 
@@ -232,3 +233,15 @@ def test_a_server_that_is_not_there_is_told():
 def test_bad_input_is_told_before_anything_is_asked(local, call, text):
     with pytest.raises(InputError, match=text):
         call(local)
+
+
+def test_a_character_that_is_split_over_tokens_belongs_to_the_last_of_them():
+    rows = [
+        {"token": "caf", "logprob": -0.1, "bytes": list(b"caf")},
+        {"token": "\\xc3", "logprob": -0.2, "bytes": [0xC3]},
+        {"token": "\\xa9", "logprob": -0.3, "bytes": [0xA9]},
+        {"token": "!", "logprob": -0.4, "bytes": None},
+    ]
+    choice = {"message": {"content": "café!"}, "logprobs": {"content": rows}, "finish_reason": "stop"}
+    tokens = _read_chat({"choices": [choice]}).tokens
+    assert [(token.text, token.start) for token in tokens] == [("caf", 0), ("", 3), ("é", 3), ("!", 4)]

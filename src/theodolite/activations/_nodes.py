@@ -1,6 +1,6 @@
 """What the interaction basis and the local interaction basis share: the chain of nodes, and coordinates of each of them."""
 
-__all__ = ["ModuleNodes", "NodeBasis", "backward_layers", "chain_of", "kept_quality", "node_statistics"]
+__all__ = ["ModuleNodes", "NodeBasis", "backward_layers", "chain_of", "kept_quality", "node_statistics", "unmixed"]
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,15 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
-from theodolite.activations._basis import LayerBasis, batches, centred_gram, jacobian_grams, layer_basis, node_moments
+from theodolite.activations._basis import (
+    LayerBasis,
+    batches,
+    centred_gram,
+    check_rtol,
+    jacobian_grams,
+    layer_basis,
+    node_moments,
+)
 from theodolite.core.errors import InputError
 from theodolite.core.sections import Sections, sections_of
 
@@ -45,9 +53,24 @@ class NodeBasis(TransformerMixin, BaseEstimator):
 
     layers_: tuple[LayerBasis, ...]
     sections_: Sections
+    target: str
+    rtol: float
+    n_probes: int | None
+    batch_size: int
+    dtype: torch.dtype
 
     def __init__(self, sections: Any) -> None:
         self.sections = sections
+
+    def _check_settings(self) -> None:
+        """Of the settings that both bases have."""
+        check_rtol(self.rtol)
+        if self.target not in ("output", "next"):
+            raise InputError(f"target must be 'output' or 'next', got {self.target!r}")
+        if (self.n_probes is not None and self.n_probes < 1) or self.batch_size < 1:
+            raise InputError(f"n_probes and batch_size must be at least 1, got {self.n_probes} and {self.batch_size}")
+        if self.dtype not in (torch.float64, torch.float32):
+            raise InputError(f"dtype must be torch.float64 or torch.float32, got {self.dtype}")
 
     @classmethod
     def from_module(cls: type[Basis], model: nn.Module, nodes: Sequence[str], **options: Any) -> Basis:
@@ -105,17 +128,29 @@ def backward_layers(
     last: LayerBasis,
     *,
     rtol: float,
+    spreads: frozenset[int] = frozenset(),
     **options: Any,
 ) -> list[LayerBasis]:
-    """The bases of all nodes from the ``last`` one backwards, each by its Jacobians to the features of the next."""
+    """The bases of all nodes from the ``last`` one backwards, each by its Jacobians to the features of the next.
+
+    spreads: nodes whose last coordinate is mixed with no other.
+    """
     found = [last]
     for node in reversed(range(len(sections))):
         C = found[0].C
         (k,) = jacobian_grams(
             sections, x, first=node, last=node + 1, transform=lambda f, C=C: f @ C.to(f), **options
         )  # fmt: skip
+        k = unmixed(k) if node in spreads else k
         found.insert(0, layer_basis(means[node], grams[node], k, rtol=rtol, name=sections.names[node]))
     return found
+
+
+def unmixed(gram: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """A Gram matrix as if its last coordinate were uncorrelated with the others."""
+    made = gram.clone()
+    made[-1, :-1] = made[:-1, -1] = 0
+    return made
 
 
 def kept_quality(

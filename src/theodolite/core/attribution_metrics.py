@@ -47,7 +47,7 @@ from torch import Tensor
 
 from theodolite.core.errors import InputError
 from theodolite.core.memory import chunks
-from theodolite.core.view import ModelView, as_view
+from theodolite.core.view import ModelView, as_view, model_input
 
 HIGHER_IS_BETTER: dict[str, bool] = {
     "pic": True,
@@ -304,7 +304,7 @@ def _check(name: str, x: Tensor, maps: Tensor, steps: int) -> None:
 
 
 def _mean(metric: str, model: Any, x: Any, map: Any, target: Any, options: dict[str, Any]) -> float:
-    x, maps = torch.as_tensor(x), torch.as_tensor(map)
+    x, maps = model_input(model.model if isinstance(model, ModelView) else model, x), torch.as_tensor(map)
     if x.ndim == 3 and maps.shape[:1] == (1,):
         maps = maps.reshape(maps.shape[-2:])
     if (x.ndim, maps.ndim) in ((1, 1), (3, 2)):

@@ -50,10 +50,10 @@ def match_labels(pred: np.ndarray, true: np.ndarray) -> Matching:
     pred, true = _checked(pred, true)
     table = contingency_matrix(true, pred)  # class x cluster
     rows, columns = linear_sum_assignment(-table)
-    classes, clusters = np.unique(true), np.unique(pred)
+    classes, clusters = np.unique(true).tolist(), np.unique(pred).tolist()  # numbers or texts, of whatever dtype
     pairs = sorted(zip(columns, rows))
     return Matching(
-        {clusters[column].item(): classes[row].item() for column, row in pairs},
+        {clusters[column]: classes[row] for column, row in pairs},
         float(table[rows, columns].sum() / len(true)),
     )
 

@@ -3,13 +3,15 @@
     codes c = encode(f),   f_hat = decode(c),   directions v_1 .. v_k of hidden space, one for each code
 
 Principal components, interaction bases, sparse autoencoders, supervised dictionaries, relative representations and probes
-all are one, so that each of the evaluations here runs on each of them and they stand in one table.
+all are one, so that each of the evaluations here runs on each of them. All of them beside each other, with what the model
+still does on their reconstructions: `theodolite.activations.dictionary_evaluation.compare_dictionaries`.
 """
 
 __all__ = [
     "Dictionary",
     "LinearDictionary",
     "Quality",
+    "decoder_of",
     "explained_variance",
     "kept_codes_curve",
     "measure",
@@ -103,7 +105,7 @@ class LinearDictionary:
 
 @dataclass(frozen=True)
 class Quality:
-    """One row of the table of dictionaries.
+    """How near a dictionary comes, and with how many codes.
 
     explained: share of the variance about the mean that decode(encode(f)) keeps. active: mean number of codes that are not 0.
     dead: share of codes that are 0 on every row. codes: their number.
@@ -126,7 +128,7 @@ def explained_variance(dictionary: Dictionary, rows: Float[Tensor, "... width"],
 def measure(
     dictionaries: Mapping[str, Dictionary], rows: Float[Tensor, "... width"], *, memory: int | None = None
 ) -> tuple[Quality, ...]:
-    """The table: each dictionary by name on the same held-out ``rows``."""
+    """Each dictionary by name on the same held-out ``rows``."""
     made = []
     for name, dictionary in dictionaries.items():
         explained, active, used = _measure(dictionary, rows, memory)
@@ -157,36 +159,81 @@ def _measure(dictionary: Dictionary, rows: Tensor, memory: int | None) -> tuple[
 
 
 @torch.no_grad()
+def decoder_of(dictionary: Dictionary, codes: Tensor | None = None) -> tuple[Float[Tensor, "code width"], Tensor]:
+    """What each code adds in the units of the activations, and what is there without any: decode as codes D + b.
+
+    Raises InputError where decode is not affine, which is tried on ``codes``.
+
+    >>> decoder_of(LinearDictionary.neurons(2))[1]
+    tensor([0., 0.])
+    """
+    count = len(dictionary.directions)
+    unit = torch.eye(count, device=dictionary.directions.device)
+    if codes is not None:
+        unit = unit.to(codes)
+    bias = dictionary.decode(torch.zeros_like(unit[:1]))[0]
+    decoder = dictionary.decode(unit) - bias
+    if codes is not None:
+        some = codes.reshape(-1, count)[:64]
+        off = (dictionary.decode(some) - some @ decoder - bias).abs().max()
+        if float(off) > 1e-4 * float((some.abs() @ decoder.abs() + bias.abs()).max()):
+            raise InputError(
+                f"{type(dictionary).__name__} does not add its codes up (decode is not affine), so codes cannot be kept or moved "
+                "one by one"
+            )
+    return decoder, bias
+
+
+@torch.no_grad()
 def kept_codes_curve(
     dictionary: Dictionary,
     rows: Float[Tensor, "row width"],
-    counts: Sequence[int],
+    counts: Sequence[int] | None = None,
     *,
+    fit: Float[Tensor, "other width"] | None = None,
     order: Tensor | None = None,
     name: str = "kept codes",
     blocks: int = 5,
 ) -> QualityCurve:
     """Explained variance when only the first k codes are kept and the others are set to their mean, for each k of ``counts``.
 
-    order: of the codes, by default of falling variance on the first half of the rows; the curve is on the second half, in
-    ``blocks`` parts as its runs.
+    counts: 1 to all where None. fit: rows from which means and order come; where None the first half of ``rows``, and the
+    second is scored, in ``blocks`` parts as the curve's runs. order: of the codes, by default falling by the variance of what
+    each adds. The reference is the variance explained with all codes, so that `smallest` is the fewest that keep 90 % of it.
     """
-    half = len(rows) // 2
-    if half < 2 * blocks:
-        raise InputError(f"need at least {4 * blocks} rows for {blocks} blocks, got {len(rows)}")
-    chosen, shown = rows[:half], rows[half:]
-    first = dictionary.encode(chosen)
+    fit, shown = (rows[: len(rows) // 2], rows[len(rows) // 2 :]) if fit is None else (fit, rows)
+    if len(shown) < 2 * blocks or len(fit) < 2:
+        raise InputError(f"need at least {2 * blocks} rows to score for {blocks} blocks, got {len(shown)}")
+    first, codes = dictionary.encode(fit), dictionary.encode(shown)
+    decoder, bias = decoder_of(dictionary, codes)
     mean = first.mean(dim=0)
-    ranked = first.var(dim=0).argsort(descending=True) if order is None else order
-    codes = dictionary.encode(shown)
-    runs: dict[int, list[float]] = {}
-    for k in counts:
-        kept = mean.expand_as(codes).clone()
-        kept[:, ranked[:k]] = codes[:, ranked[:k]]
-        off = (shown - dictionary.decode(kept)).double().square().sum(dim=1)
-        about = (shown.double() - shown.double().mean(dim=0)).square().sum(dim=1)
-        runs[k] = [1 - float(a.sum() / b.sum()) for a, b in zip(off.tensor_split(blocks), about.tensor_split(blocks))]
-    return QualityCurve.from_runs(runs, chance=0.0, reference=1.0, name=name, total_dimension=len(ranked))
+    left = shown.double() - (mean @ decoder + bias).double()
+    if order is None:
+        order = (first.var(dim=0) * decoder.square().sum(dim=1)).argsort(descending=True)
+    decoder, steps = decoder[order].double(), (codes - mean)[:, order].double()
+    about = (shown.double() - shown.double().mean(dim=0)).square().sum(dim=1)
+    parts = [slice(int(part[0]), int(part[-1]) + 1) for part in np.array_split(np.arange(len(shown)), blocks)]
+    off = np.stack([_errors(steps[part], decoder, left[part]) for part in parts], axis=1)
+    quality = 1 - off / np.array([float(about[part].sum()) for part in parts])
+    tried = range(1, len(order) + 1) if counts is None else counts
+    return QualityCurve(
+        tuple(tried), quality[list(tried)], chance=0.0, reference=float(quality[-1].mean()), name=name,
+        metric="variance explained", total_dimension=len(order),
+    )  # fmt: skip
+
+
+def _errors(steps: Tensor, decoder: Tensor, left: Tensor) -> np.ndarray:
+    """|left - sum of the first k steps times the decoder's rows|^2 over all rows, for k = 0 .. all of them.
+
+    By inner products, without a reconstruction for each k.
+    """
+    change = -2 * (steps * (left @ decoder.mT)).sum(dim=0)
+    places = torch.arange(len(decoder), device=decoder.device)
+    for part in chunks(len(decoder), 32.0 * len(decoder)):
+        both = (steps.mT @ steps[:, part]) * (decoder @ decoder[part].mT)
+        earlier = places[:, None] < places[part]
+        change[part] += (2 * both * earlier).sum(dim=0) + both[part].diagonal()
+    return np.concatenate([[0.0], change.cumsum(dim=0).cpu().numpy()]) + float(left.square().sum())
 
 
 def stability(a: Dictionary, b: Dictionary) -> float:

@@ -9,7 +9,6 @@ from multiprocessing import get_context
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 
 from theodolite.core.errors import InputError
 
@@ -61,6 +60,8 @@ def one_thread(small: bool = True) -> Iterator[None]:
 
     The numbers then do not depend on the number of cores either.
     """
+    import torch  # 180 MB and seconds that workers without it should not pay
+
     before = torch.get_num_threads()
     torch.set_num_threads(1 if small else before)
     try:

@@ -1,12 +1,13 @@
 """A model seen as a function from a batch to one number per row, whatever the model is."""
 
-__all__ = ["ModelView", "evaluation_mode"]
+__all__ = ["ModelView", "evaluation_mode", "model_input"]
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -27,6 +28,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def model_input(model: Any, x: Any) -> Tensor:
+    """``x`` as a tensor in the precision and on the device of the network's weights; for any other model as it is.
+
+    >>> model_input(nn.Linear(2, 1), np.zeros((3, 2))).dtype
+    torch.float32
+    """
+    rows = torch.as_tensor(x)
+    weights = model.parameters() if isinstance(model, nn.Module) else ()
+    like = next((p for p in weights if p.is_floating_point() and not nn.parameter.is_lazy(p)), None)
+    return rows if like is None or not rows.is_floating_point() else rows.to(like.device, like.dtype)
 
 
 class ModelView:
@@ -65,7 +78,9 @@ class ModelView:
                     self._row_bytes[key] = bytes_per_row(self.model, x[:1].detach(), gradients=gradients)
         return self._row_bytes[key]
 
-    def _squash(self, scores: Tensor) -> Tensor:
+    def _squash(self, scores: Any) -> Tensor:
+        if not isinstance(scores, Tensor):
+            raise ModelError(f"a model must answer with a tensor, got {type(scores).__name__}")
         if scores.ndim == 1:
             scores = scores[:, None]
         if self.output == "probability" and self.is_module:
@@ -81,6 +96,8 @@ class ModelView:
     def _estimate(self, x: Tensor) -> Tensor:
         rows = x.detach().cpu().numpy()
         rows = rows.reshape(len(rows), -1)
+        if hasattr(self.model, "feature_names_in_"):  # fitted on a data frame, and warns where it is given none
+            rows = pd.DataFrame(rows, columns=self.model.feature_names_in_)
         if self.output == "value" or self.output == "raw":
             out = np.asarray(self.model.predict(rows), dtype=np.float64)
         else:

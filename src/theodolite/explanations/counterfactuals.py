@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -29,161 +29,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from theodolite.core.errors import DataError, InputError, ModelError, TheodoliteError
+from theodolite.core.errors import InputError, ModelError, TheodoliteError
 from theodolite.explanations.stability import ClassScore, check_noise, stability, warn_of_training
+from theodolite.explanations.table_schema import Name, Region, TableSchema
 
-Name = str | int
 _EDGE = 1e-3  # log-odds beyond the boundary that a search aims at, so that rounding does not lose the class
 _RANGE_STEPS = 30
 
 
 class CounterfactualNotFoundError(TheodoliteError):
     """No counterfactual was found within what may change."""
-
-
-@dataclass(frozen=True, eq=False)
-class TableSchema:
-    """What the columns of a table are: ranges of the training rows, and what may change.
-
-    names: one a column, () where they have none. low, span: (d,) the training minimum and range (1 where that is 0).
-    immutable, increasing, decreasing: (d,) columns that keep their value, may only grow, may only fall. groups: columns of
-    one-hot groups; their members are 0 or 1 and exactly one is 1. floor, ceiling: (d,) bounds that hold in any case, infinite
-    where none were given; there the range of the training rows (or the row's own value, where it lies outside) is the limit.
-    """
-
-    names: tuple[str, ...]
-    low: Float[np.ndarray, " feature"]
-    span: Float[np.ndarray, " feature"]
-    immutable: Bool[np.ndarray, " feature"]
-    increasing: Bool[np.ndarray, " feature"]
-    decreasing: Bool[np.ndarray, " feature"]
-    floor: Float[np.ndarray, " feature"]
-    ceiling: Float[np.ndarray, " feature"]
-    groups: tuple[tuple[int, ...], ...] = ()
-    absent: frozenset[int] = frozenset()
-
-    @classmethod
-    def of(
-        cls,
-        X: Any,
-        *,
-        names: Sequence[str] = (),
-        immutable: Sequence[Name] | np.ndarray | None = None,
-        increasing: Sequence[Name] | None = None,
-        decreasing: Sequence[Name] | None = None,
-        groups: Sequence[Sequence[Name]] = (),
-        bounds: Any = None,
-    ) -> "TableSchema":
-        """Read ranges from training rows (n, d); columns are told by name (a data frame has them) or by number.
-
-        immutable: columns or a mask (d,). bounds: {column: (low, high)}, or (low, high) with each a number, (d,) or None.
-        Raises DataError (a ValueError) for NaN, for groups that are not one-hot in the rows, and for unknown columns.
-        """
-        names = tuple(map(str, X.columns)) if hasattr(X, "columns") else tuple(names)
-        rows = plain_rows(X, names)
-        d = rows.shape[1]
-        if len(rows) == 0:
-            raise DataError("ranges cannot be read from zero training rows")
-        if names and len(names) != d:
-            raise DataError(f"{len(names)} names for {d} columns")
-        low, high = rows.min(axis=0), rows.max(axis=0)
-        at = _places(names, d)
-        members = tuple(tuple(at(c) for c in group) for group in groups)
-        flat = [c for group in members for c in group]
-        if len(set(flat)) != len(flat) or any(len(group) < 2 for group in members):
-            raise DataError("one-hot groups need at least two columns each, and no column may stand twice")
-        for group in members:
-            if not _one_hot(rows[:, group]):
-                raise DataError(f"the columns {[names[c] if names else c for c in group]} are not one-hot in the rows")
-        absent = frozenset(c for c in flat if high[c] == 0)
-        low[flat], high[flat] = 0.0, 1.0
-        fixed = _mask(immutable, at, d)
-        for group in members:
-            fixed[list(group)] |= fixed[list(group)].any()
-        up, down = _mask(increasing, at, d), _mask(decreasing, at, d)
-        if (up | down)[flat].any():
-            raise InputError("columns of a one-hot group cannot be one-way; make the group immutable instead")
-        floor, ceiling = _bounds(bounds, at, d)
-        span = np.where(high > low, high - low, 1.0)
-        return cls(names, low, span, fixed, up, down, floor, ceiling, members, absent)
-
-    def rows(self, X: Any) -> Float[np.ndarray, "row feature"]:
-        """Rows as numbers in the order of the columns; a data frame's are found by name."""
-        rows = plain_rows(X, self.names)
-        if rows.shape[1] != len(self.low):
-            raise DataError(f"the rows have {rows.shape[1]} columns but the training rows had {len(self.low)}")
-        for group in self.groups:
-            if not _one_hot(rows[:, group]):
-                raise DataError(f"the columns {list(group)} must be one-hot in every row")
-        return rows
-
-    def scaled(self, x: Float[np.ndarray, "row feature"]) -> Float[Tensor, "row feature"]:
-        """In units of the training ranges."""
-        return torch.as_tensor((x - self.low) / self.span)
-
-    def unscaled(self, z: Tensor) -> Float[Tensor, "row feature"]:
-        """In the user's units."""
-        return z * torch.as_tensor(self.span) + torch.as_tensor(self.low)
-
-    def region(self, x: Float[np.ndarray, "row feature"]) -> "Region":
-        """Where each row may move to."""
-        low = np.where(np.isfinite(self.floor), self.floor, np.minimum(x, self.low))
-        high = np.where(np.isfinite(self.ceiling), self.ceiling, np.maximum(x, self.low + self.span))
-        high = np.where((self.span == 1) & np.isin(np.arange(len(self.low)), list(self.absent)), 0.0, high)
-        low = np.where(self.immutable | self.increasing, np.maximum(low, x), low)
-        high = np.where(self.immutable | self.decreasing, np.minimum(high, x), high)
-        return Region(self.scaled(x), self.scaled(low), self.scaled(high), self.groups)
-
-    def restored(self, z: Tensor, x: np.ndarray) -> Float[np.ndarray, "row feature"]:
-        """Points in the user's units, bit for bit the row's own value where nothing changed, and within the limits."""
-        same = z == self.scaled(x)
-        out = np.where(same.numpy(), x, self.unscaled(z).numpy())
-        out = np.where(self.increasing, np.maximum(out, x), out)
-        out = np.where(self.decreasing, np.minimum(out, x), out)
-        for group in self.groups:
-            out[:, group] = out[:, group].round()
-        return np.clip(out, self.floor, self.ceiling)
-
-
-@dataclass(frozen=True, eq=False)
-class Region:
-    """The points that each row may become, in scaled units: a box, and in it one-hot groups (a simplex until settled)."""
-
-    start: Float[Tensor, "row feature"]
-    low: Float[Tensor, "row feature"]
-    high: Float[Tensor, "row feature"]
-    groups: tuple[tuple[int, ...], ...] = ()
-
-    @property
-    def possible(self) -> Bool[Tensor, " row"]:
-        """Rows for which the region is not empty."""
-        return (self.low <= self.high).all(dim=1)
-
-    def take(self, rows: Tensor) -> "Region":
-        """The region of some of the rows."""
-        return replace(self, start=self.start[rows], low=self.low[rows], high=self.high[rows])
-
-    def project(self, z: Tensor) -> Float[Tensor, "row feature"]:
-        """The nearest point of the region (of its convex hull where there are one-hot groups)."""
-        out = torch.minimum(torch.maximum(z, self.low), self.high)
-        for group in self.groups:
-            columns = list(group)
-            out[:, columns] = _simplex(z[:, columns], self.low[:, columns], self.high[:, columns])
-        return out
-
-    def settle(self, z: Tensor) -> tuple[Float[Tensor, "row feature"], "Region"]:
-        """The point with the largest member of each group set to 1, and the region with the groups held there."""
-        out, low, high = self.project(z), self.low.clone(), self.high.clone()
-        for group in self.groups:
-            columns = list(group)
-            chosen = out[:, columns].argmax(dim=1)
-            out[:, columns] = torch.nn.functional.one_hot(chosen, len(columns)).to(out)
-            low[:, columns] = high[:, columns] = out[:, columns]
-        return out, Region(self.start, low, high)
-
-    def cost(self, z: Tensor, norm: int) -> Float[Tensor, " row"]:
-        """Distance from the row, L1 or L2, in scaled units."""
-        return (z - self.start).norm(p=norm, dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,17 +154,23 @@ class Generator(ABC):
                 "use TRexNearest or NearestNeighbour"
             )
         unchanged = (score(torch.as_tensor(x)) >= 0.5).numpy()
+        if self.needs_gradients and len(x):
+            with torch.enable_grad(), score.quiet():
+                if not score.log_odds(torch.as_tensor(x[:1]).requires_grad_()).requires_grad:
+                    raise ModelError(
+                        "the model's answer cannot be differentiated by its input; use TRexNearest or NearestNeighbour"
+                    )
         z = schema.scaled(x)
         steps = np.zeros(len(x), dtype=np.int64)
         region = schema.region(x)
         todo = torch.as_tensor(~unchanged & region.possible.numpy()).nonzero().ravel()
         if len(todo):
-            likely = score(train) >= 0.5
-            search = Search(score, region.take(todo), schema, schema.scaled(self._train)[likely])
+            search = Search(score, region.take(todo), schema, schema.scaled(self._train)[score(train) >= 0.5])
             z[todo], count = self._whole(search)
             steps[todo.numpy()] = count.numpy()
         out = schema.restored(z, x)
-        found = score(torch.as_tensor(out)).numpy() >= 0.5
+        likely = score(torch.as_tensor(out)).numpy()
+        found = likely >= 0.5
         found &= unchanged | region.possible.numpy()
         if self.on_failure == "raise" and not found.all():
             raise CounterfactualNotFoundError(
@@ -320,7 +181,7 @@ class Generator(ABC):
         rated = np.full(len(x), np.nan)
         rated[found] = self._rate(out[found], score)
         out[~found], cost[~found] = np.nan, np.nan
-        return CounterfactualSet(x, out, cost, found, found & self._aim(rated), unchanged, rated, steps)
+        return CounterfactualSet(x, out, cost, found, found & self._aim(rated, likely), unchanged, rated, steps)
 
     def _rate(self, x: np.ndarray, score: ClassScore) -> np.ndarray:
         # other draws than any search uses, or the score would be the best of those that it was searched on
@@ -337,7 +198,8 @@ class Generator(ABC):
         z, more = self._search(replace(search, region=held), settled)
         return z, steps + more
 
-    def _aim(self, rated: np.ndarray) -> np.ndarray:
+    def _aim(self, rated: np.ndarray, probability: np.ndarray) -> np.ndarray:
+        """Whether each point, by its stability and its m, met what the search was after."""
         return np.ones(len(rated), dtype=bool)
 
     @abstractmethod
@@ -365,10 +227,16 @@ class ClosestCounterfactual(Generator):
         weight = torch.full((len(z),), 2.0, dtype=torch.float64)
         count = torch.zeros(len(z), dtype=torch.long)
         for attempt in range(self.binary_search_steps):
-            before = distance.clone()
+            before, hit = distance.clone(), torch.zeros(len(z), dtype=torch.bool)
             for step in range(self.steps):
                 odds, slope = log_odds_slope(search, z)
+                if (
+                    self.norm == 1
+                ):  # the shrinking step takes as much from every column, so the steepest has to move at all
+                    slope = slope / slope.abs().amax(dim=1, keepdim=True).clamp_min(1e-12)
                 over = odds >= _EDGE
+                if step >= self.steps // 2:
+                    hit |= over
                 cost = region.cost(z, self.norm)
                 improved = over & (cost < distance)
                 best[improved], distance[improved] = z[improved], cost[improved]
@@ -378,11 +246,12 @@ class ClosestCounterfactual(Generator):
             count += self.steps
             found = distance < torch.inf
             gained = (before - distance) > 1e-3 * distance
-            if bool(torch.isfinite(before).all()) and not bool(gained.any()):
+            if bool(hit.all()) and bool(torch.isfinite(before).all()) and not bool(gained.any()):
                 break
             if attempt >= 2 and not bool(found.any()):
                 break
-            weight = torch.where(gained | ~found, weight * torch.where(found, 1.0, 2.0), weight * 0.7)
+            # a search that slid back to the row needs more weight on the class; one that holds it, and gains nothing, less
+            weight = weight * torch.where(hit, torch.where(gained, 1.0, 0.7), 2.0)
             z = torch.where(found[:, None], best, z)
         return _pulled_back(search, best, torch.isfinite(distance)), count
 
@@ -460,72 +329,3 @@ def _shrink(move: Tensor, by: float, norm: int) -> Tensor:
         return move.sign() * (move.abs() - by).clamp_min(0)
     length = move.norm(dim=1, keepdim=True)
     return move * (1 - by / length.clamp_min(1e-12)).clamp_min(0)
-
-
-def _simplex(z: Tensor, low: Tensor, high: Tensor) -> Float[Tensor, "row member"]:
-    """The nearest point with sum 1 and members >= 0; members whose limit is 0 stay 0, held ones stay where they are."""
-    free = high > 0
-    y = torch.where(free, z, torch.full_like(z, -1e9))
-    ordered, _ = y.sort(dim=1, descending=True)
-    above = ordered.cumsum(dim=1) - 1
-    count = torch.arange(1, z.shape[1] + 1, dtype=z.dtype)
-    last = (ordered - above / count > 0).sum(dim=1, keepdim=True).clamp_min(1)
-    out = (y - above.gather(1, last - 1) / last).clamp_min(0)
-    return torch.where(low == high, low, out)
-
-
-def _one_hot(block: np.ndarray) -> bool:
-    return bool((np.isin(block, (0, 1))).all() and (block.sum(axis=1) == 1).all())
-
-
-def plain_rows(X: Any, names: Sequence[str] = ()) -> Float[np.ndarray, "row feature"]:
-    """Rows (n, d) of an array, a tensor or a data frame (by ``names``), in double precision; NaN is refused."""
-    if hasattr(X, "columns") and names:
-        missing = [name for name in names if name not in {str(c) for c in X.columns}]
-        if missing:
-            raise DataError(f"the table lacks the columns {missing[:5]}")
-        X = X[[c for name in names for c in X.columns if str(c) == name]]
-    rows = np.array(X.detach().cpu() if isinstance(X, Tensor) else X, dtype=np.float64)
-    if rows.ndim != 2 or rows.shape[1] == 0:
-        raise DataError(f"rows must be (n, features), got shape {rows.shape}")
-    if not np.isfinite(rows).all():
-        raise DataError("rows hold NaN or infinite values; fill or drop them first")
-    return rows
-
-
-def _places(names: Sequence[str], d: int) -> Any:
-    def at(column: Name) -> int:
-        if isinstance(column, str):
-            if column not in names:
-                raise DataError(f"there is no column {column!r}; there are: {', '.join(names[:8]) or 'no names'}")
-            return list(names).index(column)
-        if not 0 <= int(column) < d:
-            raise DataError(f"there is no column {column}; there are {d}")
-        return int(column)
-
-    return at
-
-
-def _mask(columns: Any, at: Any, d: int) -> Bool[np.ndarray, " feature"]:
-    if isinstance(columns, np.ndarray) and columns.dtype == bool:
-        if columns.shape != (d,):
-            raise DataError(f"a mask of columns must be ({d},), got {columns.shape}")
-        return columns.copy()
-    out = np.zeros(d, dtype=bool)
-    out[[at(c) for c in (() if columns is None else columns)]] = True
-    return out
-
-
-def _bounds(bounds: Any, at: Any, d: int) -> tuple[np.ndarray, np.ndarray]:
-    low, high = np.full(d, -np.inf), np.full(d, np.inf)
-    if isinstance(bounds, Mapping):
-        for column, (least, most) in bounds.items():
-            low[at(column)] = -np.inf if least is None else least
-            high[at(column)] = np.inf if most is None else most
-    elif bounds is not None:
-        least, most = bounds
-        low[:] = -np.inf if least is None else least
-        high[:] = np.inf if most is None else most
-    if np.isnan(low).any() or np.isnan(high).any() or (low > high).any():
-        raise InputError("bounds must be numbers, each lower one at most the upper one")
-    return low, high

@@ -6,6 +6,7 @@ All numbers of robustness here are shares of such changed models that still give
 __all__ = ["perturbed_weights", "retrain", "robust_validity"]
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -19,14 +20,14 @@ from torch import Tensor, nn
 from theodolite.core.errors import DataError, InputError
 from theodolite.core.parallel import seeds_for, spread
 from theodolite.core.train import Recipe, train, train_ensemble
-from theodolite.explanations.counterfactuals import Counterfactuals, plain_rows
 from theodolite.explanations.stability import ClassScore
+from theodolite.explanations.table_schema import plain_rows
 
 PAPER_RECIPE = Recipe(epochs=50, batch_size=256, lr=1e-3, schedule="constant")
 
 
 def retrain(
-    model_factory: Callable[[int], Any],
+    model_factory: Callable[..., Any],
     X: Any,
     y: Any,
     n_models: int,
@@ -39,18 +40,19 @@ def retrain(
 ) -> list[Any]:
     """Models trained again, each from its own initial weights and in its own order of the rows.
 
-    model_factory(seed): an untrained network, or an estimator with ``fit``. mode: "seed" keeps the rows, "leave-one-out" drops
+    model_factory(seed), or without an argument: an untrained network, made under torch's generator with that seed, or an
+    estimator with ``fit``. mode: "seed" keeps the rows, "leave-one-out" drops
     ``leave_out`` rows at random, "bootstrap" draws as many with replacement. recipe: as in `theodolite.core.train` (default
     50 epochs of Adam). Plain networks are trained in one stacked run where the rows are the same; else ``executor`` spreads
     them. Raises InputError where two factories give equal weights: then nothing would change.
     """
     if n_models < 1 or mode not in ("seed", "leave-one-out", "bootstrap"):
         raise InputError(f"need n_models >= 1 and a known mode, got {n_models} and {mode!r}")
-    rows, labels = plain_rows(X), np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y)
+    rows, labels = plain_rows(X), np.asarray(y.detach().cpu().numpy() if isinstance(y, Tensor) else y)
     if len(rows) != len(labels) or (mode == "leave-one-out" and not 1 <= leave_out < len(rows)):
         raise DataError(f"{len(rows)} rows, {len(labels)} labels, {leave_out} to leave out: they do not fit together")
     seeds = seeds_for(seed, n_models)
-    models = [model_factory(s % (1 << 31)) for s in seeds]
+    models = [_made(model_factory, s % (1 << 31)) for s in seeds]
     chosen = [_rows_of(mode, len(rows), leave_out, s) for s in seeds]
     if not isinstance(models[0], nn.Module):
         return [model.fit(rows[kept], labels[kept]) for model, kept in zip(models, chosen, strict=True)]
@@ -64,6 +66,12 @@ def retrain(
         return [ensemble.member(i) for i in range(n_models)]
     tasks = [(m, x[kept], target[kept], recipe.with_seed(s)) for m, kept, s in zip(models, chosen, seeds, strict=True)]
     return spread(_trained, tasks, executor=executor)
+
+
+def _made(model_factory: Callable[..., Any], seed: int) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model_factory(seed) if inspect.signature(model_factory).parameters else model_factory()
 
 
 def _trained(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe) -> nn.Module:
@@ -121,14 +129,20 @@ def perturbed_weights(model: nn.Module, n_models: int, *, scale: float = 0.05, s
     return out
 
 
-def robust_validity(
-    cfs: Counterfactuals | Any, models: Sequence[Any], *, target: int | None = None
-) -> Float[np.ndarray, " row"]:
+def robust_validity(cfs: Any, models: Sequence[Any], *, target: int | None = None) -> Float[np.ndarray, " row"]:
     """Share of ``models`` that answer the target class at each counterfactual (n,); 0 where there is none.
 
-    cfs: what a generator gave, or points (n, d) in the models' units. What counts is the target class, not "another class".
+    cfs: what a generator gave (anything with ``counterfactuals``), or points (n, d) in the models' units; a row that is not
+    finite is none. What counts is the target class, not "another class".
+
+    >>> up = lambda x: (x[:, 0] > 0).double()
+    >>> robust_validity(np.array([[1.0], [-1.0], [np.nan]]), [up, lambda x: 1 - up(x), up]).round(3).tolist()
+    [0.667, 0.333, 0.0]
     """
-    points = np.asarray(cfs.counterfactuals if isinstance(cfs, Counterfactuals) else plain_rows(cfs))
+    given = getattr(cfs, "counterfactuals", cfs)
+    points = np.array(given.detach().cpu().numpy() if isinstance(given, Tensor) else given, dtype=np.float64)
+    if points.ndim != 2:
+        raise DataError(f"points must be (n, features), got shape {points.shape}")
     if len(models) == 0:
         raise InputError("robust validity needs at least one changed model")
     out = np.zeros(len(points))

@@ -196,7 +196,7 @@ def _around(score: ClassScore, x: Tensor, moves: Tensor) -> Float[Tensor, "row d
 
 
 def _rows(X: Any) -> Float[Tensor, "row feature"]:
-    x = torch.as_tensor(np.asarray(X.detach().cpu() if isinstance(X, Tensor) else X, dtype=np.float64))
+    x = torch.as_tensor(np.array(X.detach().cpu().numpy() if isinstance(X, Tensor) else X, dtype=np.float64))
     if x.ndim != 2 or x.shape[1] == 0:
         raise InputError(f"rows must be (n, features), got shape {tuple(x.shape)}")
     if not bool(torch.isfinite(x).all()):

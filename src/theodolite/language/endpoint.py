@@ -4,6 +4,7 @@ __all__ = ["Endpoint"]
 
 import json
 import os
+from codecs import getincrementaldecoder
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -159,10 +160,13 @@ def _read_chat(answer: Any) -> Completion:
     if not isinstance(text, str):
         raise TypeError("the content of the message is not text")
     rows = (choice.get("logprobs") or {}).get("content") or []
+    # a character may be split over tokens, whose texts then are no text: their bytes are, and it belongs to the last of them
+    decoder = getincrementaldecoder("utf-8")(errors="replace")
     tokens, start = [], 0
     for row in rows:
-        tokens.append(Token(row["token"], float(row["logprob"]), start))
-        start += len(row["token"])
+        piece = row["token"] if row.get("bytes") is None else decoder.decode(bytes(row["bytes"]))
+        tokens.append(Token(piece, float(row["logprob"]), start))
+        start += len(piece)
     usage = answer.get("usage") or {}
     return Completion(
         text, tuple(tokens) if tokens else None, choice.get("finish_reason") or "stop",

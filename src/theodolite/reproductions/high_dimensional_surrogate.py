@@ -83,7 +83,7 @@ def _trained(net: nn.Module, split: _Split, recipe: Recipe) -> nn.Module:
 
 
 def _explainer(net: object, split: _Split, k: int, seed: int, **options: Any) -> SurrogateExplainer:
-    explainer = SurrogateExplainer(k=k, random_state=seed, **options)
+    explainer = SurrogateExplainer(k=k, seed=seed, **options)
     return explainer.fit(net, split.x, split.x_val, split.y_val)
 
 
@@ -182,7 +182,7 @@ def _oracles(seed: int) -> Iterator[Claim]:
         z = np.exp(x @ weights - (x @ weights).max(axis=1, keepdims=True))
         return z / z.sum(axis=1, keepdims=True)
 
-    explainer = SurrogateExplainer(k=4, random_state=seed).fit(box, x[:400], x[400:500])
+    explainer = SurrogateExplainer(k=4, seed=seed).fit(box, x[:400], x[400:500])
     rules = explainer.rules(max_rules=None, prune=False)
     met = np.stack([rule.holds(x) for rule in rules])
     given = np.array([rule.index for rule in rules])[met.argmax(axis=0)]
@@ -213,9 +213,7 @@ def _oracles(seed: int) -> Iterator[Claim]:
     )  # fmt: skip
     x = rng.normal(size=(40_000, 6))
     fit, held = x[:20_000], x[20_000:]
-    additive = SurrogateExplainer(k=2, surrogate="ridge", random_state=seed).fit(
-        lambda x: 3 * x[:, 0] - 2 * x[:, 1], fit, held
-    )
+    additive = SurrogateExplainer(k=2, surrogate="ridge", seed=seed).fit(lambda x: 3 * x[:, 0] - 2 * x[:, 1], fit, held)
     exact = 2 * np.array([9.0, 4.0]) * held.var(axis=0)[:2]
     scored = additive.importance_["permutation"].to_numpy()
     error = float(np.abs(scored[:2] / exact - 1).max())
@@ -307,7 +305,7 @@ def _madelon(x: np.ndarray, y: np.ndarray, seed: int, quick: bool) -> Iterator[C
     split = _Split.of(x, y, seed)
     model = HistGradientBoostingClassifier(random_state=seed).fit(split.x, split.y)
     right = float((model.predict(split.x_test) == split.y_test).mean())
-    explainer = SurrogateExplainer(k=20, scores=("permutation",), repeats=2 if quick else 5, random_state=seed)
+    explainer = SurrogateExplainer(k=20, scores=("permutation",), repeats=2 if quick else 5, seed=seed)
     explainer.fit(model, split.x, split.x_val, split.y_val)
     true = set(_MADELON)
     found = len(true & set(explainer.top_.tolist()))
@@ -351,7 +349,7 @@ def _many_columns(seed: int, quick: bool) -> Iterator[Claim]:
         accuracy.append(float(right.double().mean()))
         began = time.perf_counter()
         with peak_memory() as peak:
-            explainer = SurrogateExplainer(k=true, random_state=seed).fit(net, x[:1400], x[1400:1700], y[1400:1700])
+            explainer = SurrogateExplainer(k=true, seed=seed).fit(net, x[:1400], x[1400:1700], y[1400:1700])
         seconds.append(time.perf_counter() - began)
         peaks.append(peak.bytes or 0)
         precision.append(len(set(teacher.tolist()) & set(explainer.top_.tolist())) / true)

@@ -26,12 +26,12 @@ from theodolite.activations.dictionary_evaluation import (
     ioi_task,
     locate,
     occlusion_curve,
+    single_token_names,
     splitting_curve,
     tabular_task,
     writing_heads,
 )
 from theodolite.activations.dictionary_evaluation.evaluation import counterfactual_runs, evaluate_runs
-from theodolite.activations.observables import NAMES
 from theodolite.core.estimate import Estimate, mean_of_runs
 from theodolite.language.pretrained import load_decoder, model_folder
 from theodolite.reproductions.claim import Claim, Comparator, Scale
@@ -101,10 +101,7 @@ def _on_model(scale: Scale, seed: int) -> Iterator[Claim]:
     quick = scale is Scale.QUICK
     fitted_on, scored_on = (120, 40) if quick else (700, 140)
     model, tokenizer = load_decoder()
-    names = [
-        name for pair in zip(NAMES["female"], NAMES["male"], strict=True) for name in pair
-        if len(tokenizer.encode(f" {name}", add_special_tokens=False)) == 1
-    ][:_NAMES]  # fmt: skip
+    names = single_token_names(tokenizer)[:_NAMES]
     task = ioi_task(tokenizer, names, fitted_on + scored_on, seed=seed)
     fit, held = task.split(fitted_on / len(task), seed=seed, by=("IO", "S"))
     movers = writing_heads(model, fit, top=_MOVERS)

@@ -24,6 +24,11 @@ def command(
     ] = 0.01,
     regularisation: Annotated[float, typer.Option("--C", help="C of the logistic regression", min=0.0)] = 1.0,
     fixed: Annotated[str, typer.Option(help="columns that may not change, by number: 0,4,7")] = "",
+    increasing: Annotated[str, typer.Option(help="columns that may only grow, by number")] = "",
+    decreasing: Annotated[str, typer.Option(help="columns that may only fall, by number")] = "",
+    group: Annotated[
+        list[str] | None, typer.Option(help="one-hot group of 0 and 1: its columns, by number; repeat for more")
+    ] = None,
     verify: Annotated[
         bool, typer.Option(help="retrain without the worst rows and go on until that is survived")
     ] = True,
@@ -43,15 +48,15 @@ def command(
     from theodolite.core.files import write_bytes
     from theodolite.explanations.deletion_robust import DeletionRobustCounterfactual, validity_under_deletion
 
-    try:
-        immutable = [int(column) for column in fixed.split(",") if column.strip()]
-    except ValueError as error:
-        raise InputError(f"--fixed takes column numbers between commas (0,4,7), got {fixed!r}") from error
+    limits = {
+        "immutable": _columns("--fixed", fixed), "increasing": _columns("--increasing", increasing),
+        "decreasing": _columns("--decreasing", decreasing), "groups": [_columns("--group", one) for one in group or ()],
+    }  # fmt: skip
     x, y = array(rows), array(labels)
     k: Any = int(delete) if delete >= 1 and delete == int(delete) else delete
-    made = DeletionRobustCounterfactual(k, verify=verify, immutable=immutable).fit(x, y, C=regularisation)
+    made = DeletionRobustCounterfactual(k, verify=verify, **limits).fit(x, y, C=regularisation)
     found = made.generate(array(queries))
-    plain = DeletionRobustCounterfactual(0, immutable=immutable).fit(x, y, C=regularisation).generate(array(queries))
+    plain = DeletionRobustCounterfactual(0, **limits).fit(x, y, C=regularisation).generate(array(queries))
     result: dict[str, Any] = {"queries": len(found), "deleted_rows": found.k, "reached": int(found.valid.sum())}
     if verify:
         result["certified_for_the_sets_visited"] = int(found.certified.sum())
@@ -76,3 +81,10 @@ def command(
             row.tolist() if there else None for row, there in zip(found.counterfactuals, found.valid, strict=True)
         ]
     tell(result, as_json)
+
+
+def _columns(option: str, given: str) -> list[int]:
+    try:
+        return [int(column) for column in given.split(",") if column.strip()]
+    except ValueError as error:
+        raise InputError(f"{option} takes column numbers between commas (0,4,7), got {given!r}") from error

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from theodolite.commands import Json, SubjectFlags, subject_flags
-from theodolite.core.errors import InputError
+from theodolite.run_commands._nodes import network_nodes
 from theodolite.run_commands.shared import Memory, Seconds, chart, tell
 
 
@@ -28,9 +28,7 @@ def command(
         return
     from theodolite.activations.interaction_basis import InteractionBasis, degeneracy, find_modules, interactions
 
-    subject, names = flags.load(), [name.strip() for name in nodes.split(",") if name.strip()]
-    if not subject.is_network:
-        raise InputError(f"--nodes names layers of a network; {subject.name} is a {subject.model_name}")
+    subject, names = network_nodes(flags, nodes)
     x = subject.data.train.x[:rows]
     options: dict[str, Any] = {"memory": memory << 20, "seed": flags.seed}
     basis = InteractionBasis.from_module(subject.predictor, names, **options).fit(x)

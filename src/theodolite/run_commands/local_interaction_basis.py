@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from theodolite.commands import Json, SubjectFlags, subject_flags
-from theodolite.core.errors import InputError
+from theodolite.run_commands._nodes import network_nodes
 from theodolite.run_commands.shared import Memory, Seconds, chart, tell
 
 
@@ -36,9 +36,7 @@ def command(
     from theodolite.activations.local_interaction_basis import LocalInteractionBasis, edges, edges_required
     from theodolite.core.subject import Rows
 
-    subject, names = flags.load(), [name.strip() for name in nodes.split(",") if name.strip()]
-    if not subject.is_network:
-        raise InputError(f"--nodes names layers of a network; {subject.name} is a {subject.model_name}")
+    subject, names = network_nodes(flags, nodes)
     held = subject.data.validation
     order = torch.randperm(len(subject.data.train), generator=torch.Generator().manual_seed(flags.seed))[:rows]
     x = subject.data.train.x[order]

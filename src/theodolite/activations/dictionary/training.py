@@ -1,15 +1,17 @@
 """Training of a sparse autoencoder on activations in memory or mapped from disk.
 
 Adam with the part of the decoder's gradient along each row removed and rows put back to norm 1 after each step; learning rate
-raised over the first 100 steps and lowered to 0 over the last quarter.
+raised over the first 100 steps and lowered to 0 over the last quarter. Rows on disk are read in blocks that fit the memory;
+batches are drawn at random within a block, blocks in random order.
 
 Source: Makelov, Lange and Nanda, 2024, arXiv:2405.08366.
 """
 
 __all__ = ["History", "train_sae"]
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from mmap import mmap
 
 import numpy as np
 import torch
@@ -40,17 +42,20 @@ class History:
 
 def train_sae(
     sae: SparseAutoencoder,
-    x: Float[Tensor, "row width"],
+    x: Float[Tensor, "row width"] | Float[np.ndarray, "row width"],
     *,
     epochs: int,
     lr: float = 3e-4,
     batch_size: int = 512,
-    gradients: Float[Tensor, "row width"] | None = None,
+    gradients: Float[Tensor, "row width"] | Float[np.ndarray, "row width"] | None = None,
     resample: Collection[int] = (),
     seed: int = 0,
+    memory: int | None = None,
 ) -> History:
     """Train ``sae`` in place on rows ``x`` and tell how well it does, epoch by epoch.
 
+    x: a tensor, or an array that may be a memory map of a file larger than memory (``store[name]`` of an
+    `theodolite.core.store.ActivationStore`), float16 or float32; of an array at most ``memory`` bytes are read at a time.
     The first call sets the scale (mean norm sqrt(d)) and b_dec (the mean); a later one goes on from there. gradients: of an
     outcome by x, for the kind "attribution"; only their direction and relative size count (mean norm sqrt(d)). resample: epochs
     after which latents that were never on start again from rows with a large error.
@@ -58,24 +63,28 @@ def train_sae(
     Raises InputError for rows that do not fit, ActivationError for NaN, TrainingCollapsedError where the loss is not finite or
     where at the end no latent is ever on.
     """
-    n = _check(sae, x, epochs, batch_size, gradients)
+    _check(sae, x, epochs, batch_size, gradients)
+    rows = _Rows(x, sae.W_dec.device, memory)
+    slopes = None if gradients is None else _Rows(gradients, sae.W_dec.device, memory)
+    n, (mean, norm, differ) = len(x), rows.statistics("the activations")
+    if not differ:
+        raise InputError("all rows are the same, so there is nothing to tell apart")
     if int(sae.steps) == 0:
-        _start(sae, x)
-    if gradients is not None:
-        gradients = gradients * (sae.d**0.5 / gradients.norm(dim=1).mean().clamp_min(1e-30))
+        _start(sae, mean, norm)
+    factor = 1.0 if slopes is None else sae.d**0.5 / max(slopes.statistics("the gradients")[1], 1e-30)
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=(0.9, 0.999), fused=True)
     generator = torch.Generator().manual_seed(seed)
-    total, step = epochs * -(-n // batch_size), 0
-    variance = float((x - x.mean(dim=0)).square().sum()) * float(sae.scale) ** 2
-    quiet = torch.zeros(sae.n_latents, dtype=torch.long, device=x.device)
+    total, step = epochs * sum(-(-(part.stop - part.start) // batch_size) for part in rows.blocks), 0
+    variance = sum(float((block - mean).square().sum()) for _, block in rows) * float(sae.scale) ** 2
+    quiet = torch.zeros(sae.n_latents, dtype=torch.long, device=mean.device)
     numbers = []
     for epoch in range(epochs):
-        used = torch.zeros(sae.n_latents, dtype=torch.bool, device=x.device)
-        lost = on = torch.zeros((), device=x.device)
-        for part in torch.randperm(n, generator=generator).to(x.device).split(batch_size):
+        used = torch.zeros(sae.n_latents, dtype=torch.bool, device=mean.device)
+        lost = on = torch.zeros((), device=mean.device)
+        for batch, slope in _batches(rows, slopes, batch_size, generator):
             step += 1
             sae.dead = quiet >= _QUIET
-            made = sae(x[part], None if gradients is None else gradients[part])
+            made = sae(batch, None if slope is None else slope * factor)
             optimizer.zero_grad()
             made.loss.backward()
             _project(sae)
@@ -86,14 +95,14 @@ def train_sae(
                 fired = made.latents.detach() > 0
                 alive = fired.any(dim=0)
                 used |= alive
-                quiet = torch.where(alive, 0, quiet + len(part))
-                lost = lost + made.losses["reconstruction"].detach() * len(part)
+                quiet = torch.where(alive, 0, quiet + len(batch))
+                lost = lost + made.losses["reconstruction"].detach() * len(batch)
                 on = on + fired.sum()
         if not bool(torch.isfinite(lost)):
             raise TrainingCollapsedError(f"the loss is not finite after epoch {epoch + 1}; lower lr (now {lr})")
         numbers.append((float(lost) / variance, float(on) / n, int((~used).sum())))
         if epoch + 1 in resample:
-            _revive(sae, x, ~used, optimizer, generator)
+            _revive(sae, rows, ~used, optimizer, generator)
             quiet[~used] = 0
     sae.steps += step
     sae.dead = torch.zeros_like(sae.dead)
@@ -105,7 +114,9 @@ def train_sae(
     return History(np.array(fvu), np.array(l0), np.array(dead))
 
 
-def _check(sae: SparseAutoencoder, x: Tensor, epochs: int, batch_size: int, gradients: Tensor | None) -> int:
+def _check(
+    sae: SparseAutoencoder, x: Tensor | np.ndarray, epochs: int, batch_size: int, gradients: Tensor | np.ndarray | None
+) -> None:
     if x.ndim != 2 or x.shape[1] != sae.d:
         raise InputError(f"the dictionary has width {sae.d}, so rows are (n, {sae.d}); got shape {tuple(x.shape)}")
     if len(x) < 2 or epochs < 1 or batch_size < 1:
@@ -116,17 +127,72 @@ def _check(sae: SparseAutoencoder, x: Tensor, epochs: int, batch_size: int, grad
         ))  # fmt: skip
     if gradients is not None and gradients.shape != x.shape:
         raise InputError(f"gradients have shape {tuple(gradients.shape)}, activations {tuple(x.shape)}")
-    check_finite(x, "the activations")
-    if bool((x == x[0]).all()):
-        raise InputError("all rows are the same, so there is nothing to tell apart")
-    return len(x)
+
+
+class _Rows:
+    """Rows in blocks: a tensor is one block, an array is read into memory block by block."""
+
+    def __init__(self, x: Tensor | np.ndarray, device: torch.device, memory: int | None) -> None:
+        self._x, self._device = x, device
+        each = 8.0 * x.shape[1]
+        self.blocks = [slice(0, len(x))] if isinstance(x, Tensor) else list(chunks(len(x), each, memory))
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        for part in self.blocks:
+            yield part, self.read(part)
+
+    def read(self, part: slice) -> Tensor:
+        """One block as float32."""
+        x = self._x
+        if isinstance(x, Tensor):
+            return x[part]
+        if isinstance(x, np.memmap) and isinstance(x.base, mmap) and x.flags.c_contiguous and x.filename is not None:
+            # read, not mapped: pages of a map that were looked at stay in memory
+            width = x.shape[1]
+            start = x.offset + part.start * width * x.itemsize
+            rows = np.fromfile(x.filename, x.dtype, (part.stop - part.start) * width, offset=start).reshape(-1, width)
+        else:
+            rows = np.array(x[part])
+        return torch.from_numpy(rows.astype(np.float32, copy=False)).to(self._device)
+
+    def pick(self, places: Tensor) -> Tensor:
+        """A few rows by their numbers."""
+        if isinstance(self._x, Tensor):
+            return self._x[places.to(self._x.device)]
+        return torch.from_numpy(np.array(self._x[places.cpu().numpy()], dtype=np.float32)).to(self._device)
+
+    def statistics(self, name: str) -> tuple[Tensor, float, bool]:
+        """Mean, mean norm, and whether any row differs from the first; ActivationError where rows are not finite."""
+        mean, norm, count, differ, first = torch.zeros(()), 0.0, 0, False, None
+        for part, block in self:
+            check_finite(block, name, part.start)
+            first = block[0] if first is None else first
+            differ = differ or not bool((block == first).all())
+            count += len(block)
+            share = len(block) / count
+            mean = block.mean(dim=0) if part.start == 0 else mean + (block.mean(dim=0) - mean) * share
+            norm += (float(block.norm(dim=1).mean()) - norm) * share
+        return mean, norm, differ
+
+
+def _batches(
+    rows: _Rows, slopes: _Rows | None, batch_size: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """All rows once, each batch out of one block."""
+    order = [0] if len(rows.blocks) == 1 else torch.randperm(len(rows.blocks), generator=generator).tolist()
+    for number in order:
+        part = rows.blocks[number]
+        block = rows.read(part)
+        slope = None if slopes is None else slopes.read(part)
+        for batch in torch.randperm(len(block), generator=generator).to(block.device).split(batch_size):
+            yield block[batch], None if slope is None else slope[batch]
 
 
 @torch.no_grad()
-def _start(sae: SparseAutoencoder, x: Tensor) -> None:
+def _start(sae: SparseAutoencoder, mean: Tensor, norm: float) -> None:
     """Scale of mean norm sqrt(d), and b_dec at the mean, without which latents die where the mean is large."""
-    sae.scale.fill_(float(sae.d**0.5 / x.norm(dim=1).mean()))
-    sae.b_dec.copy_(x.mean(dim=0) * sae.scale)
+    sae.scale.fill_(sae.d**0.5 / norm)
+    sae.b_dec.copy_(mean * sae.scale)
 
 
 def _project(sae: SparseAutoencoder) -> None:
@@ -138,18 +204,23 @@ def _project(sae: SparseAutoencoder) -> None:
 
 @torch.no_grad()
 def _revive(
-    sae: SparseAutoencoder, x: Tensor, dead: Tensor, optimizer: torch.optim.Adam, generator: torch.Generator
+    sae: SparseAutoencoder, x: _Rows, dead: Tensor, optimizer: torch.optim.Adam, generator: torch.Generator
 ) -> None:
     """Point dead latents at rows drawn by their squared error, and forget what Adam knew of them."""
     count = int(dead.sum())
     if count == 0:
         return
-    off = torch.cat([x[part] - sae.decode(sae.encode(x[part])) for part in chunks(len(x), 16.0 * sae.n_latents)])
-    share = off.square().sum(dim=1).double().cpu()
+    share = torch.cat(
+        [
+            _error(sae, block[part]).square().sum(dim=1).double().cpu()
+            for _, block in x
+            for part in chunks(len(block), 16.0 * sae.n_latents)
+        ]
+    )
     if float(share.sum()) == 0:
         return
-    drawn = torch.multinomial(share, count, replacement=True, generator=generator).to(x.device)
-    rows = nn.functional.normalize(off[drawn], dim=1)
+    drawn = torch.multinomial(share, count, replacement=True, generator=generator)
+    rows = nn.functional.normalize(_error(sae, x.pick(drawn)), dim=1)
     living = sae.W_enc[:, ~dead]
     norm = float(living.norm(dim=0).mean()) if living.shape[1] else 1.0
     sae.W_dec[dead] = rows
@@ -163,3 +234,7 @@ def _revive(
                 state[name][:, dead] = 0.0
             elif parameter.shape[0] == len(dead) and parameter is not sae.b_dec:
                 state[name][dead] = 0.0
+
+
+def _error(sae: SparseAutoencoder, rows: Tensor) -> Tensor:
+    return rows - sae.decode(sae.encode(rows))

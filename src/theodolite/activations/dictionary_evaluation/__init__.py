@@ -9,7 +9,8 @@ and is the yardstick: any other dictionary, a sparse autoencoder say, is scored 
 how much of the outcome is left when activations are replaced by their reconstruction, and how much is lost with it.
 Sparse control: whether exchanging k features makes the model act as if an attribute had another value, with the error of
 the reconstruction kept in place. Interpretability: how well the pattern f > 0 of a feature, or of a group of values,
-predicts an attribute (F1). `evaluate_dictionary` runs all three; `occlusion_curve` and `splitting_curve` are two ways in
+predicts an attribute (F1). `evaluate_dictionary` runs all three; `compare_dictionaries` puts any dictionaries of one layer
+into one table where no attributes are known; `occlusion_curve` and `splitting_curve` are two ways in
 which sparse autoencoders fail.
 
 Source: Makelov, Lange and Nanda, 2024, arXiv:2405.08366 (Towards Principled Evaluations of Sparse Autoencoders for
@@ -20,7 +21,9 @@ __all__ = [
     "IOI_TEMPLATES",
     "Answers",
     "DictionaryReport",
+    "DictionaryTable",
     "FeatureScores",
+    "LayerLoss",
     "Location",
     "OcclusionCurve",
     "PatchedRuns",
@@ -28,6 +31,7 @@ __all__ = [
     "SupervisedDictionary",
     "Task",
     "aware_edit",
+    "compare_dictionaries",
     "evaluate_dictionary",
     "feature_f1",
     "feature_weights",
@@ -37,6 +41,7 @@ __all__ = [
     "locate",
     "occlusion_curve",
     "recovered_share",
+    "single_token_names",
     "splitting_curve",
     "tabular_task",
     "weakened",
@@ -46,11 +51,12 @@ __all__ = [
 from theodolite.activations.dictionary_evaluation.edits import aware_edit, greedy_edit
 from theodolite.activations.dictionary_evaluation.evaluation import evaluate_dictionary, recovered_share
 from theodolite.activations.dictionary_evaluation.features import FeatureScores, feature_f1, feature_weights
-from theodolite.activations.dictionary_evaluation.ioi import IOI_TEMPLATES, ioi_task
+from theodolite.activations.dictionary_evaluation.ioi import IOI_TEMPLATES, ioi_task, single_token_names
 from theodolite.activations.dictionary_evaluation.locating import head_location, locate, writing_heads
 from theodolite.activations.dictionary_evaluation.report import DictionaryReport
 from theodolite.activations.dictionary_evaluation.runs import Answers, Location, PatchedRuns
 from theodolite.activations.dictionary_evaluation.supervised import SupervisedDictionary
+from theodolite.activations.dictionary_evaluation.table import DictionaryTable, LayerLoss, compare_dictionaries
 from theodolite.activations.dictionary_evaluation.task import Task, tabular_task
 from theodolite.activations.dictionary_evaluation.toys import (
     OcclusionCurve,

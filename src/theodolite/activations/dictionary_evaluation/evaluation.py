@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from theodolite.activations.dictionary.autoencoder import SparseAutoencoder
 from theodolite.activations.dictionary_evaluation.edits import Edit, aware_edit, greedy_edit, value_scores
-from theodolite.activations.dictionary_evaluation.features import FeatureScores, decoder_of, feature_f1, feature_weights
+from theodolite.activations.dictionary_evaluation.features import FeatureScores, feature_f1, feature_weights
 from theodolite.activations.dictionary_evaluation.report import MOSTLY, DictionaryReport
 from theodolite.activations.dictionary_evaluation.runs import Answers, Location, PatchedRuns
 from theodolite.activations.dictionary_evaluation.supervised import SupervisedDictionary
 from theodolite.activations.dictionary_evaluation.task import Task
-from theodolite.core.dictionary import Dictionary, measure
+from theodolite.core.dictionary import Dictionary, decoder_of, measure
 from theodolite.core.errors import InputError
 from theodolite.core.estimate import Estimate, bootstrap, proportion
 
@@ -35,9 +35,14 @@ _RANDOM_ON = 3
 
 
 def recovered_share(
-    with_it: Tensor | np.ndarray, clean: Tensor | np.ndarray, without: Tensor | np.ndarray, *, seed: int = 0
+    with_it: Tensor | np.ndarray,
+    clean: Tensor | np.ndarray,
+    without: Tensor | np.ndarray,
+    *,
+    groups: np.ndarray | None = None,
+    seed: int = 0,
 ) -> Estimate:
-    """(mean with_it - mean without) / (mean clean - mean without), with its interval over prompts.
+    """(mean with_it - mean without) / (mean clean - mean without), with its interval over prompts, by ``groups`` where given.
 
     Raises InputError where clean and without differ by less than 1e-3 of the outcome's scale: there is no ratio then.
 
@@ -58,7 +63,7 @@ def recovered_share(
         below = mean[1] - mean[2]
         return float((mean[0] - mean[2]) / below) if abs(below) > 1e-12 * scale else 0.0
 
-    return bootstrap(rows, ratio, seed=seed, resamples=_RESAMPLES)
+    return bootstrap(rows, ratio, seed=seed, resamples=_RESAMPLES, groups=groups)
 
 
 @dataclass(frozen=True, eq=False)

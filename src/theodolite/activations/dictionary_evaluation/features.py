@@ -1,6 +1,6 @@
 """Which feature stands for which value of which attribute, and how much of a reconstruction each feature makes up."""
 
-__all__ = ["FeatureScores", "decoder_of", "feature_f1", "feature_weights"]
+__all__ = ["FeatureScores", "feature_f1", "feature_weights"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from theodolite.core.dictionary import Dictionary
 from theodolite.core.errors import InputError
 from theodolite.core.memory import chunks
 
@@ -139,11 +138,3 @@ def feature_weights(
     whole = f @ decoder
     size = whole.square().sum(dim=1, keepdim=True)
     return torch.where(size > 0, f * (whole @ decoder.T) / size.clamp_min(1e-30), torch.zeros(()).to(f))
-
-
-@torch.no_grad()
-def decoder_of(dictionary: Dictionary) -> tuple[Float[Tensor, "code width"], Float[Tensor, " width"]]:
-    """What each code adds in the units of the activations, and what is there without any: decode is taken to be affine."""
-    count = len(dictionary.directions)
-    bias = dictionary.decode(torch.zeros(1, count))[0]
-    return dictionary.decode(torch.eye(count)) - bias, bias

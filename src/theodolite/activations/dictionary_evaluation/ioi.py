@@ -1,6 +1,6 @@
 """Indirect object identification: who is given something, of two people of whom one gives it."""
 
-__all__ = ["IOI_TEMPLATES", "ioi_task"]
+__all__ = ["IOI_TEMPLATES", "ioi_task", "single_token_names"]
 
 from collections import Counter
 from collections.abc import Sequence
@@ -38,9 +38,7 @@ def ioi_task(
     Raises InputError for names of several tokens and for templates without the three marks, DataError for prompts of unequal
     length and for more prompts than there are.
     """
-    chosen = list(names) if names is not None else [
-        name for pair in zip(NAMES["female"], NAMES["male"], strict=True) for name in pair if _tokens(tokenizer, name) == 1
-    ]  # fmt: skip
+    chosen = list(names) if names is not None else single_token_names(tokenizer)
     several = [name for name in chosen if _tokens(tokenizer, name) != 1]
     if several:
         raise InputError(f"names must be one token each; of several tokens here: {', '.join(several)}")
@@ -77,6 +75,12 @@ def ioi_task(
         return (output.gather(1, wanted) - output.gather(1, not_wanted))[:, 0]
 
     return Task(ids, attributes, counterfactual, outcome, places)
+
+
+def single_token_names(tokenizer: Any) -> list[str]:
+    """The common English names that are one token with a space before them, female and male in turn."""
+    pairs = zip(NAMES["female"], NAMES["male"], strict=True)
+    return [name for pair in pairs for name in pair if _tokens(tokenizer, name) == 1]
 
 
 def _tokens(tokenizer: Any, name: str) -> int:

@@ -5,7 +5,7 @@ of the earlier tokens are kept from one run to the next, and a run starts at the
 last token of 18 and in the upper third of the blocks it costs a fiftieth of a whole run.
 """
 
-__all__ = ["Answers", "Location", "PatchedRuns"]
+__all__ = ["Answers", "Location", "PatchedRuns", "started_at"]
 
 import copy
 import inspect
@@ -192,7 +192,7 @@ class PatchedRuns:
                         stack.callback(handle.remove)
                     if first > 0:
                         blocks = [block for _, block in self._blocks[: first + 1]]
-                        stack.enter_context(_skipped(blocks, chunk.streams[first], self._in_tuples))
+                        stack.enter_context(started_at(blocks, chunk.streams[first], self._in_tuples))
                     answers.append(self._answer(chunk))
         return _joined(answers)
 
@@ -292,8 +292,11 @@ def _keep(streams: dict[int, Tensor], i: int) -> Callable[..., None]:
 
 
 @contextmanager
-def _skipped(blocks: Sequence[nn.Module], stream: Tensor, in_tuples: bool) -> Iterator[None]:
-    """All blocks but the last pass on what they get; the last starts from ``stream``."""
+def started_at(blocks: Sequence[nn.Module], stream: Tensor, in_tuples: bool) -> Iterator[None]:
+    """All of a decoder's first ``blocks`` but the last pass on what they get; the last starts from ``stream``.
+
+    in_tuples: whether blocks give their stream as the first of a tuple.
+    """
 
     def start(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (stream, *args[1:])

@@ -14,7 +14,6 @@ from theodolite.activations._basis import (
     LayerBasis,
     baseline_layer,
     cast_layer,
-    check_rtol,
     jacobian_grams,
     layer_basis,
 )
@@ -114,15 +113,9 @@ class InteractionBasis(NodeBasis):
         return jacobian_grams(tail, x, first=last, last=last + 1, **options)[0]
 
     def _check_settings(self) -> None:
-        check_rtol(self.rtol)
-        if self.target not in ("output", "next"):
-            raise InputError(f"target must be 'output' or 'next', got {self.target!r}")
+        super()._check_settings()
         if self.jacobian not in ("auto", "exact", "hutchinson"):
             raise InputError(f"jacobian must be 'auto', 'exact' or 'hutchinson', got {self.jacobian!r}")
-        if (self.n_probes is not None and self.n_probes < 1) or self.batch_size < 1:
-            raise InputError(f"n_probes and batch_size must be at least 1, got {self.n_probes} and {self.batch_size}")
-        if self.dtype not in (torch.float64, torch.float32):
-            raise InputError(f"dtype must be torch.float64 or torch.float32, got {self.dtype}")
 
     def baseline(self, kind: str) -> "InteractionBasis":
         """The same nodes in another basis: "pca", "neuron" or "random" (rotation, from the seed); for comparison."""

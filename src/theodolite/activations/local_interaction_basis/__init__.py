@@ -33,6 +33,7 @@ __all__ = [
     "edges_required",
     "fourier_labels",
     "interaction_graph",
+    "norm_halves",
 ]
 
 from theodolite.activations.local_interaction_basis.ablation import (
@@ -52,3 +53,4 @@ from theodolite.activations.local_interaction_basis.basis import (
 )
 from theodolite.activations.local_interaction_basis.fourier import fourier_labels
 from theodolite.activations.local_interaction_basis.graph import InteractionGraph, interaction_graph
+from theodolite.activations.local_interaction_basis.norms import norm_halves

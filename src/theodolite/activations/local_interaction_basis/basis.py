@@ -18,13 +18,13 @@ from theodolite.activations._basis import (
     LayerBasis,
     baseline_layer,
     cast_layer,
-    check_rtol,
     identity_layer,
     jacobian_grams,
     layer_basis,
 )
 from theodolite.activations._edges import Path, edge_blocks, edge_strengths
-from theodolite.activations._nodes import ModuleNodes, NodeBasis, backward_layers, chain_of, node_statistics
+from theodolite.activations._nodes import ModuleNodes, NodeBasis, backward_layers, chain_of, node_statistics, unmixed
+from theodolite.activations.local_interaction_basis.norms import NormSpread
 from theodolite.core.errors import InputError, ModelError
 
 _MOST_OUTPUTS = 4096
@@ -51,6 +51,8 @@ class LocalInteractionBasis(NodeBasis):
     to the row, by ``n_quadrature`` Gauss-Legendre nodes ("integrated") or by the trapezoid rule ("trapezoid").
     n_probes: that many random sign vectors stand in for all output coordinates in K, and for all output positions in
     `edges` (unbiased); needed for more than 4,096 output coordinates a row.
+    isolate_ln_var: at a node after the first of `norm_halves`, keep the norm's spread (the last coordinate) a direction of its
+    own that is mixed with no other.
     batch_size: most rows at once; fewer where ``memory`` (bytes, 1 GiB where None) asks for it. dtype: of the features and of
     `layers_`; all statistics are float64.
 
@@ -83,6 +85,7 @@ class LocalInteractionBasis(NodeBasis):
         attribution: str = "gradient",
         n_quadrature: int = 5,
         n_probes: int | None = None,
+        isolate_ln_var: bool = False,
         batch_size: int = 256,
         dtype: torch.dtype = torch.float64,
         memory: int | None = None,
@@ -97,6 +100,7 @@ class LocalInteractionBasis(NodeBasis):
         self.attribution = attribution
         self.n_quadrature = n_quadrature
         self.n_probes = n_probes
+        self.isolate_ln_var = isolate_ln_var
         self.batch_size = batch_size
         self.dtype = dtype
         self.memory = memory
@@ -115,6 +119,8 @@ class LocalInteractionBasis(NodeBasis):
         every: dict[str, Any] = {"mask": counted, "batch_size": self.batch_size, "memory": self.memory}
         self._check_outputs(x)
         means, grams, _ = node_statistics(self.sections_, x, center=self.center, **every)
+        spreads = self._spreads()
+        grams = [unmixed(gram) if node in spreads else gram for node, gram in enumerate(grams)]
         unit = torch.eye(len(means[-1]), dtype=torch.float64, device=means[-1].device)
         name = self.sections_.names[-1]
         last = (
@@ -125,9 +131,10 @@ class LocalInteractionBasis(NodeBasis):
         options = every | {"n_probes": self.n_probes, "seed": self.seed}
         options["jacobian"] = "exact" if self.n_probes is None else "hutchinson"
         if self.target == "next":
-            found = backward_layers(self.sections_, x, means, grams, last, rtol=self.rtol, **options)
+            found = backward_layers(self.sections_, x, means, grams, last, rtol=self.rtol, spreads=spreads, **options)
         else:
             ks = jacobian_grams(self.sections_, x, transform=lambda f: f @ last.C.to(f), **options)
+            ks = [unmixed(k) if node in spreads else k for node, k in enumerate(ks)]
             found = [
                 layer_basis(mean, gram, k, rtol=self.rtol, name=name)
                 for mean, gram, k, name in zip(means, grams, ks, self.sections_.names, strict=False)
@@ -154,20 +161,26 @@ class LocalInteractionBasis(NodeBasis):
         ]
         return [*hidden, layers[-1]]
 
+    def _spreads(self) -> frozenset[int]:
+        """Nodes whose last coordinate is the spread of a norm."""
+        if not self.isolate_ln_var:
+            return frozenset()
+        found = frozenset(i + 1 for i, one in enumerate(self.sections_.functions) if isinstance(one, NormSpread))
+        if not found:
+            raise InputError(
+                "isolate_ln_var needs a section that is the first of norm_halves(norm), after which the norm's spread is the "
+                "last coordinate; there is none"
+            )
+        return found
+
     def _check_settings(self) -> None:
-        check_rtol(self.rtol)
-        if self.target not in ("next", "output"):
-            raise InputError(f"target must be 'next' or 'output', got {self.target!r}")
+        super()._check_settings()
         if self.basis not in ("lib", *BASELINES):
             raise InputError(f"basis must be 'lib' or one of {', '.join(BASELINES)}, got {self.basis!r}")
         if self.attribution not in _ATTRIBUTIONS:
             raise InputError(f"attribution must be one of {', '.join(_ATTRIBUTIONS)}, got {self.attribution!r}")
         if self.n_quadrature < (2 if self.attribution == "trapezoid" else 1):
             raise InputError(f"n_quadrature must be at least 1 (trapezoid: 2), got {self.n_quadrature}")
-        if (self.n_probes is not None and self.n_probes < 1) or self.batch_size < 1:
-            raise InputError(f"n_probes and batch_size must be at least 1, got {self.n_probes} and {self.batch_size}")
-        if self.dtype not in (torch.float64, torch.float32):
-            raise InputError(f"dtype must be torch.float64 or torch.float32, got {self.dtype}")
 
     def _check_outputs(self, x: Tensor) -> None:
         """Refuse, with the time that it would take, more backward passes than anyone waits for."""

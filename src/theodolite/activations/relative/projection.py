@@ -16,6 +16,7 @@ from torch import Tensor
 from theodolite.activations.relative.anchors import select_anchors
 from theodolite.activations.relative.similarity import (
     SIMILARITIES,
+    inverse,
     latents,
     need_direction,
     similarities,
@@ -171,13 +172,13 @@ class RelativeProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Base
         if self.similarity == "basis":
             return r @ anchors
         if self.similarity == "inner":
-            return r @ _inverse(anchors).mT * math.sqrt(anchors.shape[1])
+            return r @ inverse(anchors).mT.to(r) * math.sqrt(anchors.shape[1])
         if self.similarity == "euclidean":
             # |x - a_j|^2 less its mean over j is linear in x
             squared, lengths = r.square(), anchors.square().sum(dim=1)
             right = (lengths - lengths.mean()) - (squared - squared.mean(dim=1, keepdim=True))
-            return right @ _inverse(2 * (anchors - anchors.mean(dim=0))).mT
-        direction = r @ _inverse(unit(anchors)).mT
+            return right @ inverse(2 * (anchors - anchors.mean(dim=0))).mT.to(r)
+        direction = r @ inverse(unit(anchors)).mT.to(r)
         if self.normalize:
             direction = unit(direction)
         return direction * anchors.norm(dim=1).mean()
@@ -256,7 +257,3 @@ def _in_chunks(rows: Tensor, anchors: Tensor, similarity: str) -> Tensor:
         return similarities(rows, anchors, similarity)
     cost = rows.element_size() * (3.0 * rows.shape[1] + len(anchors))
     return torch.cat([similarities(rows[part], anchors, similarity) for part in chunks(len(rows), cost)])
-
-
-def _inverse(matrix: Tensor) -> Tensor:
-    return torch.linalg.pinv(matrix.double()).to(matrix)

@@ -84,8 +84,17 @@ def similarities(rows: Tensor, anchors: Tensor, similarity: str) -> Float[Tensor
         return rows @ anchors.mT / math.sqrt(rows.shape[1])
     if similarity == "basis":
         # in float64: coefficients on nearly dependent anchors are large and cancel
-        return (rows.double() @ torch.linalg.pinv(anchors.double())).to(rows)
+        return (rows.double() @ inverse(anchors)).to(rows)
     return -torch.cdist(rows, anchors, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def inverse(anchors: Tensor) -> Float[Tensor, "width anchor"]:
+    """The pseudo-inverse in float64; what differs from dependent anchors by rounding counts as dependent.
+
+    Anchors about their own mean always depend on each other.
+    """
+    rounding = max(anchors.shape) * torch.finfo(anchors.dtype).eps
+    return torch.linalg.pinv(anchors.double(), rtol=rounding)
 
 
 def unit(rows: Tensor) -> Tensor:

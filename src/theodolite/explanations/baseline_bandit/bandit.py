@@ -5,6 +5,7 @@ __all__ = ["BanditExplanation", "BaselineBandit"]
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from theodolite.core.attribution_metrics import (
 )
 from theodolite.core.capture import activations
 from theodolite.core.errors import InputError
-from theodolite.core.view import ModelView
+from theodolite.core.view import ModelView, model_input
 from theodolite.explanations.baseline_bandit.baselines import BaselineFamily
 from theodolite.explanations.baseline_bandit.engine import Arm, Draws
 from theodolite.explanations.baseline_bandit.paths import ConstantMapWarning
@@ -38,8 +39,9 @@ class BanditExplanation:
 
     map: (H, W) float32 in [0, 1]; of a table (features,). score: its own, which chose it; so compare it only with the best of as
     many maps of others. scores (T,), arms (T,): of every draw in order, NaN where the gradient was not finite; arms index
-    ``arm_names``. baseline_score: of the zero baseline's map. target: the class explained. n_forward: rows that went
-    through the network or its upper part. n_constant: draws whose map was the same everywhere.
+    ``arm_names``. baseline_score: of the zero baseline's map, NaN where its gradient was not finite. target: the class
+    explained. n_forward: rows that went through the network or its upper part. n_constant: draws whose map was the same
+    everywhere.
     """
 
     map: Float[Tensor, "..."]
@@ -175,6 +177,8 @@ class BaselineBandit(BaseEstimator):
         if self.context not in ("penultimate", "none", "uniform"):
             raise InputError(f"context must be penultimate, none or uniform, got {self.context!r}")
         _positive("draws", self.draws)
+        X = model_input(model, X)
+        bank = None if bank is None else model_input(model, bank)
         _checked_rows(X)
         self.draws_ = Draws.of(
             model, X, layers=self.layers, families=self.families, bank=bank, steps=self.steps, combine=self.combine,
@@ -248,7 +252,7 @@ class BaselineBandit(BaseEstimator):
             scores.append(drawn.score)
             maps.append(drawn)
         table = np.array(scores)
-        if np.isnan(table).all() or zero is None:
+        if np.isnan(table).all():
             raise InputError(f"the gradient of class {int(chosen)} is not finite at this input, whatever the baseline")
         best = int(np.nanargmax(table) if HIGHER_IS_BETTER[self.metric_] else np.nanargmin(table))
         if not maps[best].differs:
@@ -257,13 +261,11 @@ class BaselineBandit(BaseEstimator):
         arm = self.arms_[pulled[best]]
         return BanditExplanation(
             map=maps[best].map, score=float(table[best]), family=arm.family, layer=arm.layer, scores=table,
-            arms=np.array(pulled), arm_names=self.arms_, baseline_score=zero.score, target=int(chosen), metric=self.metric_,
+            arms=np.array(pulled), arm_names=self.arms_, baseline_score=np.nan if zero is None else zero.score,
+            target=int(chosen), metric=self.metric_,
             n_forward=2 + len(held) + (count + 1) * self.steps
-            + (finite + 1) * rows_per_score(self.metric_, self.metric_steps),
-            n_constant=constant,
-            _mixture=lambda other: self._by_family(
-                policy.probabilities(context if other is None else self._contexts(self._one(other))[0])
-            ),
+            + (finite + (zero is not None)) * rows_per_score(self.metric_, self.metric_steps),
+            n_constant=constant, _mixture=partial(self._mixture_of, policy, context),
         )  # fmt: skip
 
     def fresh(self, x: Float[Tensor, "..."], found: BanditExplanation, *, seed: int = 0) -> tuple[Tensor, float]:
@@ -282,6 +284,9 @@ class BaselineBandit(BaseEstimator):
 
     # ---- parts
 
+    def _mixture_of(self, policy: Policy, context: np.ndarray, other: Tensor | None) -> dict[str, float]:
+        return self._by_family(policy.probabilities(context if other is None else self._contexts(self._one(other))[0]))
+
     def _by_family(self, probabilities: np.ndarray) -> dict[str, float]:
         out = dict.fromkeys((arm.family for arm in self.arms_), 0.0)
         for arm, p in zip(self.arms_, probabilities, strict=True):
@@ -291,7 +296,7 @@ class BaselineBandit(BaseEstimator):
     def _one(self, x: Tensor) -> Tensor:
         if not hasattr(self, "policy_"):
             raise InputError("call fit(model, X) first")
-        x = torch.as_tensor(x)
+        x = model_input(self.view_.model, x)
         if x.ndim == len(self.shape_):
             x = x[None]
         if x.ndim != len(self.shape_) + 1 or len(x) != 1:

@@ -20,7 +20,7 @@ from theodolite.core.attribution_metrics import (
     target_probabilities,
 )
 from theodolite.core.errors import InputError
-from theodolite.core.view import ModelView
+from theodolite.core.view import ModelView, model_input
 from theodolite.explanations.baseline_bandit.baselines import BaselineFamily
 from theodolite.explanations.baseline_bandit.engine import Arm, Draws
 
@@ -93,6 +93,7 @@ def family_scores(
     names = tuple(metric_name(metric) for metric in metrics)
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1 or not names:
         raise InputError(f"need draws >= 1 and at least one metric, got {draws!r} and {list(metrics)}")
+    X, bank = model_input(model, X), None if bank is None else model_input(model, bank)
     made = Draws.of(model, X, families=families, bank=bank, memory=memory, **options)
     layer, split = next(iter(made.splits.items()))
     view = ModelView(model, memory=memory)

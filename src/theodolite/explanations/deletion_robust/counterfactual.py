@@ -13,11 +13,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from theodolite.core.errors import InputError, ModelError
+from theodolite.core.errors import DataError, InputError, ModelError
 from theodolite.core.influence import ExactRetrainer, LogisticInfluence, logistic_table
-from theodolite.explanations.deletion_robust.linear import checked_rows, linear_model, rows_to_delete, worst_rows
+from theodolite.explanations.deletion_robust.linear import linear_model, rows_to_delete, worst_rows
 from theodolite.explanations.deletion_robust.networks import LocalSurrogate, NetworkScore, search
 from theodolite.explanations.deletion_robust.solver import CutResult, Feasible, cut
+from theodolite.explanations.table_schema import TableSchema
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +63,10 @@ class DeletionRobustCounterfactual(BaseEstimator):
     the curvature that leaves with the row), "first-order" (the paper's equation) or "first-order-damped" (the paper's code:
     ``damping`` in place of the ridge). For networks ``damping`` is the ridge of the influence. verify: retrain without the rows
     that were found and go on until the counterfactual survives that too; only then is it `certified`, for the sets visited.
-    immutable: columns that may not change, by number, name (of a data frame) or mask; complete one-hot groups stay whole only
-    where they are immutable. bounds: (low, high), each a number, one a column or None, or {column: (low, high)}.
+    immutable, increasing, decreasing, groups, bounds: what may change, as in `theodolite.explanations.table_schema.TableSchema`:
+    columns by number or name (of a data frame) that keep their value, may only grow, may only fall; one-hot groups, whose
+    members stay 0 or 1 with exactly one 1 (leave these columns unscaled); (low, high), each a number, one a column or None, or
+    {column: (low, high)}. The range of the training rows is no limit.
 
     Points on the boundary of an influence model are often rejected after a true retraining, for influence is a little too
     small; verify mends that.
@@ -93,6 +96,9 @@ class DeletionRobustCounterfactual(BaseEstimator):
         max_planes: int = 100,
         immutable: Any = None,
         bounds: Any = None,
+        increasing: Any = None,
+        decreasing: Any = None,
+        groups: Any = (),
     ) -> None:
         self.k = k
         self.norm = norm
@@ -104,6 +110,9 @@ class DeletionRobustCounterfactual(BaseEstimator):
         self.max_planes = max_planes
         self.immutable = immutable
         self.bounds = bounds
+        self.increasing = increasing
+        self.decreasing = decreasing
+        self.groups = groups
 
     def fit(
         self,
@@ -126,6 +135,8 @@ class DeletionRobustCounterfactual(BaseEstimator):
             raise InputError(f"norm must be 1 or 2, got {self.norm!r}")
         if self.worst_set not in ("refreshed", "at-factual"):
             raise InputError(f"worst_set must be 'refreshed' or 'at-factual', got {self.worst_set!r}")
+        if self.verify and self.worst_set == "at-factual":
+            raise InputError("verify finds the worst rows again after each step; take worst_set='refreshed' with it")
         if self.influence not in ("leverage", "first-order", "first-order-damped"):
             raise InputError(
                 f"influence must be 'leverage', 'first-order' or 'first-order-damped', got {self.influence!r}"
@@ -136,7 +147,8 @@ class DeletionRobustCounterfactual(BaseEstimator):
         self.X_, self.y_ = table[:, :-1], labels
         self.n_features_in_ = self.X_.shape[1]
         self.k_ = rows_to_delete(self.k, labels)
-        self.feasible_ = Feasible.of(X if hasattr(X, "columns") else self.X_, self.immutable, self.bounds)
+        self.schema_ = self._schema(X if hasattr(X, "columns") else self.X_)
+        self.feasible_ = Feasible.of(self.schema_)
         self.route_ = "linear" if model is None or isinstance(model, (LogisticRegression, nn.Linear)) else route
         if self.route_ != "linear" and self.verify:
             raise InputError("verify retrains a linear model exactly, which a network cannot be; leave it out")
@@ -162,14 +174,26 @@ class DeletionRobustCounterfactual(BaseEstimator):
             raise InputError(f"route must be 'last-layer', 'gauss-newton' or 'local-linear', got {route!r}")
         return self
 
+    def _schema(self, X: Any) -> TableSchema:
+        try:
+            return TableSchema.of(
+                X, immutable=self.immutable, increasing=self.increasing, decreasing=self.decreasing,
+                groups=self.groups, bounds=self.bounds,
+            )  # fmt: skip
+        except (InputError, TypeError):
+            raise
+        except ValueError as error:
+            raise InputError(f"bounds must be (low, high), each a number, one a column or None: {error}") from error
+
     def generate(self, X_query: Any, target: int = 1) -> DeletionCounterfactualSet:
         """Counterfactuals of the queries (m, d) that reach class ``target``: score >= threshold for 1, <= threshold for 0."""
         check_is_fitted(self, "route_")
         if target not in (0, 1):
             raise InputError(f"target must be 0 or 1, got {target!r}")
-        x = checked_rows(X_query, self.n_features_in_, "X_query")
-        if not np.isfinite(x).all():
-            raise InputError("the queries hold NaN or infinite values")
+        try:
+            x = self.schema_.rows(X_query)
+        except DataError as error:
+            raise DataError(f"X_query: {error}") from error
         sign = 1.0 if target == 1 else -1.0
         if self.route_ == "linear":
             return self._linear(x, sign)

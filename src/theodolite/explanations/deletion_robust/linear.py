@@ -10,17 +10,20 @@ __all__ = [
 ]
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from sklearn.linear_model import LogisticRegression
-from torch import nn
+from torch import Tensor, nn
 
 from theodolite.core.errors import DataError, InputError, ModelError
 from theodolite.core.influence import ExactRetrainer, LogisticInfluence, logistic_gradient
 from theodolite.core.memory import chunks
+from theodolite.explanations.model_changes import robust_validity
 
 _GRADIENT = 1e-4
 
@@ -222,21 +225,27 @@ def validity_under_deletion(
         raise InputError(f"target must be 0 or 1, got {target!r}")
     if draws < 1:
         raise InputError(f"draws must be at least 1, got {draws}")
+    if mode not in ("random", "worst"):
+        raise InputError(f"mode must be 'random' or 'worst', got {mode!r}")
     k = rows_to_delete(k, y)
     retrainer = ExactRetrainer(X, y, C)
-    sign = 1.0 if target == 1 else -1.0
-    there = np.asarray(np.isfinite(points).all(axis=1))
-    tilted = np.column_stack([np.where(there[:, None], points, 0.0), np.ones(len(points))])
     if mode == "random":
         rng = np.random.default_rng(seed)
-        kept = np.zeros(len(points))
-        for _ in range(draws):
-            w = retrainer.without(rng.choice(len(y), k, replace=False))
-            kept += sign * (tilted @ w - threshold) >= 0
-        return np.where(there, kept / draws, 0.0)
-    if mode != "worst":
-        raise InputError(f"mode must be 'random' or 'worst', got {mode!r}")
+        models = [
+            _probability(retrainer.without(rng.choice(len(y), k, replace=False)), threshold) for _ in range(draws)
+        ]
+        return robust_validity(points, models, target=target)
+    sign = 1.0 if target == 1 else -1.0
     directions = sign * LogisticInfluence(X, y, retrainer.weights, 1 / (C * len(y))).directions(influence)
-    sets = worst_rows(directions, tilted[:, :-1], k)
-    scores = np.array([row @ retrainer.without(s) for row, s in zip(tilted, sets, strict=True)])
-    return np.where(there, sign * (scores - threshold) >= 0, False).astype(np.float64)
+    share, there = np.zeros(len(points)), np.flatnonzero(np.isfinite(points).all(axis=1))
+    for i in there:
+        rows = worst_rows(directions, points[i : i + 1], k)[0]
+        model = _probability(retrainer.without(rows), threshold)
+        share[i] = robust_validity(points[i : i + 1], [model], target=target)[0]
+    return share
+
+
+def _probability(w: np.ndarray, threshold: float) -> Callable[[Tensor], Tensor]:
+    """The model with weights (d + 1,) as the probability of class 1, one half where its score is the threshold."""
+    slopes, level = torch.as_tensor(w[:-1]), float(w[-1]) - threshold
+    return lambda x: torch.sigmoid(x @ slopes + level)

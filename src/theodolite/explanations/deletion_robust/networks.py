@@ -159,12 +159,10 @@ class NetworkScore:
         return value.detach().double().cpu().numpy(), slope.double().cpu().numpy()
 
 
-def _onto(x: np.ndarray, slope: np.ndarray, gap: np.ndarray, feasible: Feasible) -> np.ndarray:
-    """Nearest points to x (m, d) in the bounds with slope . (point - x) >= gap, by the multiplier; as far as they go."""
-    slope = np.where(feasible.free, slope, 0.0)
+def _onto(x: np.ndarray, slope: np.ndarray, gap: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Nearest points to x (m, d) in the limits with slope . (point - x) >= gap, by the multiplier; as far as they go."""
+    slope = np.where(low < high, slope, 0.0)
     size = np.maximum((slope**2).sum(axis=1), 1e-30)
-    low = np.where(feasible.free, feasible.low, -np.inf)
-    high = np.where(feasible.free, feasible.high, np.inf)
     if np.isinf(low).all() and np.isinf(high).all():
         return x + (np.maximum(gap, 0) / size)[:, None] * slope
 
@@ -194,42 +192,67 @@ def search(
 
     Projects x on the half-space that is tangent at the current point, again and again: a fixed point satisfies the first-order
     conditions of the nearest one. Then the point is moved along its ray from x to where it just reaches the threshold. The set
-    is not convex, so a nearer point may exist.
+    is not convex, so a nearer point may exist. One-hot groups are free between 0 and 1 at first, then held at their largest
+    member and, in another search, at the row's own; the nearer of the two points is taken.
     """
-    kept_in = ~feasible.allows(np.where(feasible.free, feasible.low, x))
-    start = np.where(feasible.free, np.clip(x, feasible.low, feasible.high), x)
+    low, high = feasible.around(x)
+    found = _search(x, worst, threshold, low, high)
+    if not feasible.groups:
+        return found
+    best, least = np.full_like(x, np.nan), np.full(len(x), np.inf)
+    for chosen in (np.where(np.isfinite(found), found, x), x):
+        held_low, held_high = low.copy(), high.copy()
+        for group in feasible.groups:
+            columns = list(group)
+            likely = np.where(high[:, columns] > 0, chosen[:, columns], -np.inf).argmax(axis=1)
+            held_low[:, columns] = held_high[:, columns] = np.eye(len(columns))[likely]
+        # a group that may not change, or whose member may not be there, cannot be held elsewhere
+        held_low, held_high = np.maximum(held_low, low), np.minimum(held_high, high)
+        point = _search(x, worst, threshold, held_low, held_high)
+        cost = np.where(np.isfinite(point[:, 0]), np.linalg.norm(point - x, axis=1), np.inf)
+        nearer = cost < least
+        best[nearer], least[nearer] = point[nearer], cost[nearer]
+    return best
+
+
+def _search(
+    x: np.ndarray,
+    worst: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    threshold: float,
+    low: np.ndarray,
+    high: np.ndarray,
+) -> np.ndarray:
+    nowhere = np.asarray((low > high).any(axis=1))
+    low, high = np.minimum(low, high), np.maximum(low, high)
+    start = np.clip(x, low, high)
     value, slope = worst(start)
     here, reached = start, value >= threshold
-    best = np.where(reached[:, None], start, np.nan)
-    settled = reached | kept_in
+    settled = reached | nowhere
     for step in range(_STEPS):
         if settled.all():
             break
         gap = threshold + MARGIN - value - (slope * (x - here)).sum(axis=1)
-        aim = _onto(x, slope, gap, feasible)
+        aim = _onto(x, slope, gap, low, high)
         here = np.where(settled[:, None], here, here + (1.0 if step < 3 else 0.5) * (aim - here))
         value, slope = worst(here)
     span = here - x
 
     def on_ray(s: np.ndarray) -> np.ndarray:
-        moved = x + s[:, None] * span
-        return np.where(feasible.free, np.clip(moved, feasible.low, feasible.high), x)
+        return np.clip(x + s[:, None] * span, low, high)
 
-    low, high = np.zeros(len(x)), np.full(len(x), np.nan)
+    near, far = np.zeros(len(x)), np.full(len(x), np.nan)
     for s in _STRETCH:
         ok = worst(on_ray(np.full(len(x), s)))[0] >= threshold
-        high = np.where(np.isnan(high) & ok, s, high)
-        low = np.where(np.isnan(high), s, low)
+        far = np.where(np.isnan(far) & ok, s, far)
+        near = np.where(np.isnan(far), s, near)
     for _ in range(_BISECTIONS):
-        middle = 0.5 * (low + np.nan_to_num(high))
+        middle = 0.5 * (near + np.nan_to_num(far))
         ok = worst(on_ray(middle))[0] >= threshold
-        low, high = np.where(ok, low, middle), np.where(ok & ~np.isnan(high), middle, high)
-    final = on_ray(np.nan_to_num(high))
-    fine = (
-        ~np.isnan(high) & (worst(final)[0] >= threshold) & feasible.allows(np.where(feasible.free, final, feasible.low))
-    )
-    best = np.where((np.isnan(best[:, 0]) & fine)[:, None], final, best)
-    return np.where(kept_in[:, None], np.nan, best)
+        near, far = np.where(ok, near, middle), np.where(ok & ~np.isnan(far), middle, far)
+    final = on_ray(np.nan_to_num(far))
+    fine = ~np.isnan(far) & (worst(final)[0] >= threshold)
+    best = np.where(reached[:, None], start, np.where(fine[:, None], final, np.nan))
+    return np.where(nowhere[:, None], np.nan, best)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,16 +4,16 @@ __all__ = ["CutResult", "Feasible", "cut", "nearest", "robust_to_weight_box"]
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy.optimize import linprog, nnls
 
-from theodolite.core.errors import InputError
-from theodolite.explanations.counterfactuals import TableSchema
+from theodolite.explanations.table_schema import TableSchema
 
 MARGIN = 1e-9
 """How far above the threshold a plane is met, in logits, so that rounding does not leave a point just below it."""
+
+_RELAXATIONS = 200
 
 Worst = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, list[np.ndarray]]]
 """(points (m, d), index of each query (m,)) -> worst score (m,), weights that give it (m, d + 1), the deleted rows."""
@@ -21,36 +21,44 @@ Worst = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, list[np
 
 @dataclass(frozen=True, eq=False)
 class Feasible:
-    """What a counterfactual may change: free (d,) features, each within low and high (d,)."""
+    """What a counterfactual may change: low and high (d,) in any case, may_fall and may_rise (d,), one-hot groups.
 
-    free: np.ndarray
+    The same limits as in `theodolite.explanations.table_schema.TableSchema`, but for the range of the training rows, which is
+    no limit here: the nearest robust point of a linear model often lies outside.
+    """
+
     low: np.ndarray
     high: np.ndarray
+    may_fall: np.ndarray
+    may_rise: np.ndarray
+    groups: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def everything(cls, d: int) -> "Feasible":
         """Nothing is held."""
-        return cls(np.ones(d, dtype=bool), np.full(d, -np.inf), np.full(d, np.inf))
+        return cls(np.full(d, -np.inf), np.full(d, np.inf), np.ones(d, dtype=bool), np.ones(d, dtype=bool))
 
     @classmethod
-    def of(cls, rows: Any, immutable: Any = None, bounds: Any = None) -> "Feasible":
-        """By the columns of the training rows (n, d), as `theodolite.explanations.counterfactuals.TableSchema` reads them."""
-        try:
-            schema = TableSchema.of(rows, immutable=immutable, bounds=bounds)
-        except (InputError, TypeError):
-            raise
-        except ValueError as error:
-            raise InputError(f"bounds must be (low, high), each a number, one a column or None: {error}") from error
-        return cls(~schema.immutable, schema.floor, schema.ceiling)
+    def of(cls, schema: TableSchema) -> "Feasible":
+        """The limits of a table; a member of a one-hot group that no training row has stays 0."""
+        low, high = schema.floor.copy(), schema.ceiling.copy()
+        members = [column for group in schema.groups for column in group]
+        low[members] = np.maximum(low[members], 0.0)
+        high[members] = np.minimum(high[members], [float(column not in schema.absent) for column in members])
+        return cls(
+            low, high, ~(schema.immutable | schema.increasing), ~(schema.immutable | schema.decreasing), schema.groups
+        )
 
     @property
     def open(self) -> bool:
         """Whether nothing is held."""
-        return bool(self.free.all() and np.isinf(self.low).all() and np.isinf(self.high).all())
+        free = self.may_fall.all() and self.may_rise.all() and not self.groups
+        return bool(free and np.isinf(self.low).all() and np.isinf(self.high).all())
 
-    def allows(self, x: np.ndarray) -> np.ndarray:
-        """Per row of ``x`` (..., d): whether every feature lies in its bounds."""
-        return np.asarray(((x >= self.low) & (x <= self.high)).all(axis=-1))
+    def around(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest and highest values that each row of x (..., d) may take; lowest above highest where it may not be at all."""
+        low = np.where(self.may_fall, self.low, np.maximum(self.low, x))
+        return low, np.where(self.may_rise, self.high, np.minimum(self.high, x))
 
 
 def nearest(
@@ -59,23 +67,79 @@ def nearest(
     """The point nearest to x (d,) where (point, 1) . plane >= threshold for all planes (q, d + 1); None where there is none.
 
     norm 2: least-distance programming as a non-negative least-squares problem (Lawson and Hanson, 1974); norm 1: a linear
-    program. For one plane w and nothing held it is x + (threshold - f(x)) w / |w|^2.
+    program. For one plane w and nothing held it is x + (threshold - f(x)) w / |w|^2. With one-hot groups by branch and bound
+    over their members, likeliest first: the nearest where its 200 relaxations suffice, otherwise the nearest found.
     """
-    slopes, gaps = planes[:, :-1], threshold - planes[:, :-1] @ x - planes[:, -1]
-    if not feasible.allows(np.where(feasible.free, feasible.low, x)):
-        return None  # a feature that may not change is out of its bounds
+    low, high = feasible.around(x)
+    if (low > high).any():
+        return None
     if feasible.open and norm == 2 and len(planes) == 1:
-        size = float(slopes[0] @ slopes[0])
-        if gaps[0] <= 0:
+        slope, gap = planes[0, :-1], threshold - planes[0, :-1] @ x - planes[0, -1]
+        size = float(slope @ slope)
+        if gap <= 0:
             return x.copy()
-        return None if size == 0 else x + gaps[0] / size * slopes[0]
-    free = feasible.free
-    below, above = feasible.low[free] - x[free], feasible.high[free] - x[free]
+        return None if size == 0 else x + gap / size * slope
+    best, least, left = None, np.inf, _RELAXATIONS
+    waiting = [(low, high)]
+    while waiting and left:
+        low, high = waiting.pop()
+        left -= 1
+        point = _inside(x, planes, threshold, low, high, feasible.groups, norm)
+        if point is None or np.linalg.norm(point - x, ord=norm) >= least - 1e-9:
+            continue
+        held = low == high
+        unsettled = [list(group) for group in feasible.groups if not held[list(group)].all()]
+        if not unsettled:
+            best, least = point, float(np.linalg.norm(point - x, ord=norm))
+            continue
+        most = [float(point[group].max()) for group in unsettled]
+        widest = unsettled[int(np.argmin(most))]
+        if min(most) > 1 - 1e-7:  # every group is one-hot already, up to rounding
+            waiting.append(_settled(point, low, high, unsettled))
+            continue
+        for member in np.array(widest)[np.argsort(point[widest], kind="stable")]:
+            if high[member] > 0:
+                waiting.append(_settled(np.eye(len(x))[member], low, high, [widest]))
+    return best
+
+
+def _settled(
+    point: np.ndarray, low: np.ndarray, high: np.ndarray, groups: list[list[int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The limits with each of these groups held at its largest member of ``point``."""
+    low, high = low.copy(), high.copy()
+    for group in groups:
+        low[group] = high[group] = 0.0
+        chosen = group[int(point[group].argmax())]
+        low[chosen] = high[chosen] = 1.0
+    return low, high
+
+
+def _inside(
+    x: np.ndarray,
+    planes: np.ndarray,
+    threshold: float,
+    low: np.ndarray,
+    high: np.ndarray,
+    groups: tuple[tuple[int, ...], ...],
+    norm: int,
+) -> np.ndarray | None:
+    """`nearest` within low and high (d,), where the members of a group sum to 1 but need not be 0 or 1."""
+    free, found = low < high, np.clip(x, low, high)
+    found[free] = x[free]
+    sums = np.zeros((len(groups), len(x)))
+    for row, group in zip(sums, groups, strict=True):
+        row[list(group)] = 1.0
+    slopes = np.vstack([planes[:, :-1], sums, -sums])
+    wanted = np.concatenate([threshold - planes[:, -1], np.ones(len(sums)), -np.ones(len(sums))])
+    gaps = wanted - slopes @ found
+    if not free.any():
+        return found if (gaps <= 1e-9).all() else None
+    below, above = low[free] - x[free], high[free] - x[free]
     change = (_least_squares if norm == 2 else _least_sum)(slopes[:, free], gaps, below, above)
     if change is None:
         return None
-    found = x.copy()
-    found[free] = np.clip(x[free] + change, feasible.low[free], feasible.high[free])
+    found[free] = np.clip(x[free] + change, low[free], high[free])
     return found
 
 

@@ -12,12 +12,11 @@ from jaxtyping import Bool, Float
 from scipy.stats import rankdata
 from torch import Tensor
 
-from theodolite.core.errors import InputError, ModelError
+from theodolite.core.errors import InputError
 from theodolite.core.estimate import Estimate
 from theodolite.core.memory import chunks
-from theodolite.explanations.graph_fidelity.engine import Scorer, check_edge_weights
-from theodolite.explanations.graph_fidelity.graph import Graph, as_graph, explained_pairs
-from theodolite.explanations.graph_fidelity.scores import Scheme, measure
+from theodolite.explanations.graph_fidelity.graph import Graph
+from theodolite.explanations.graph_fidelity.scores import Scheme, check_lengths, measure, numbered, prepared
 
 SCORES = ("plus", "minus", "delta", "ordinary_plus", "ordinary_minus", "ordinary_delta", "sparsity")
 GOLD = ("edit", "jaccard", "ratio", "lost", "added")
@@ -87,19 +86,12 @@ def coherence(
     unknown = [name for name in gold if name not in GOLD]
     if unknown or not gold:
         raise InputError(f"gold standards are {', '.join(GOLD)}; got {tuple(gold)}")
-    if not len(graphs) or len(true_explanations) != len(graphs):
-        raise InputError(f"need one true explanation a graph, got {len(graphs)} and {len(true_explanations)}")
-    for name, given in (("labels", labels), ("target_nodes", target_nodes)):
-        if given is not None and len(given) != len(graphs):
-            raise InputError(f"need one of {name} a graph, got {len(given)} for {len(graphs)} graphs")
+    check_lengths(graphs, true_explanations, labels=labels, target_nodes=target_nodes)
     rng, seen, found, distances = np.random.default_rng(seed), 0, [], []
     for i, (graph, explanation) in enumerate(zip(graphs, true_explanations, strict=True)):
-        try:
-            made = as_graph(graph)
-            scorer = Scorer(model, made, None if target_nodes is None else int(target_nodes[i]), hops)
-            if i == 0:
-                check_edge_weights(scorer)
-            true = explained_pairs(made, explanation)[scorer.inside]
+        node = None if target_nodes is None else target_nodes[i]
+        with numbered(i):
+            scorer, true = prepared(model, graph, explanation, node, hops, check=i == 0)
             if not true.any() or true.all():
                 raise InputError(
                     "the true explanation holds no edge or all of them, so nothing can be dropped or added"
@@ -110,10 +102,6 @@ def coherence(
                 one = measure(scorer, subsets[part], None if labels is None else labels[i], scheme, rng)
                 parts.append([one.scores[name] for name in SCORES[:-1]])
                 seen += one.n_forward
-        except ModelError:
-            raise
-        except InputError as error:
-            raise type(error)(f"graph {i}: {error}") from error
         found.append(np.concatenate([np.concatenate(parts, axis=1), 1 - subsets.mean(axis=1)[None]]))
         distances.append(np.stack([_distance(name, subsets, true, shares) for name in gold]))
     return _agree(np.stack(found), np.stack(distances), shares, tuple(gold), seen, rng)

@@ -10,7 +10,8 @@ __all__ = [
 ]
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -245,17 +246,53 @@ def robust_fidelity(
     (0.0101, 0.1012, 0.5)
     """
     scheme = Scheme(alpha1, alpha2, n_samples, form, sampling)
+    scorer, subset = prepared(model, graph, explanation, target_node, hops, threshold=threshold, top_k=top_k)
+    return _one(scorer, subset, label, scheme, np.random.default_rng(seed))
+
+
+def prepared(
+    model: Any,
+    graph: Graph | Any,
+    explanation: Any,
+    target_node: int | None,
+    hops: int | None,
+    *,
+    threshold: float | None = None,
+    top_k: int | None = None,
+    check: bool = True,
+) -> tuple[Scorer, Bool[np.ndarray, " pair"]]:
+    """The graph as a scorer, and the explanation as a set of its edges; check: that edge weights reach the model."""
     made = as_graph(graph)
     chosen = explained_pairs(made, explanation, threshold=threshold, top_k=top_k)
-    scorer = Scorer(model, made, target_node, hops)
-    check_edge_weights(scorer)
-    return _one(scorer, chosen, label, scheme, np.random.default_rng(seed))
+    scorer = Scorer(model, made, None if target_node is None else int(target_node), hops)
+    if check:
+        check_edge_weights(scorer)
+    return scorer, chosen[scorer.inside]
+
+
+def check_lengths(graphs: Sequence[Any], explanations: Sequence[Any], **others: Any) -> None:
+    """Raise where there is not one explanation, and one of each of the others that are given, for each graph."""
+    if len(explanations) != len(graphs) or not len(graphs):
+        raise InputError(f"need one explanation a graph, got {len(graphs)} graphs and {len(explanations)} explanations")
+    for name, given in others.items():
+        if given is not None and len(given) != len(graphs):
+            raise InputError(f"need one of {name} a graph, got {len(given)} for {len(graphs)} graphs")
+
+
+@contextmanager
+def numbered(i: int) -> Iterator[None]:
+    """What is wrong with graph i, not with the model, is raised with its number."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except InputError as error:
+        raise type(error)(f"graph {i}: {error}") from error
 
 
 def _one(
-    scorer: Scorer, chosen: Bool[np.ndarray, " pair"], label: Any, scheme: Scheme, rng: np.random.Generator
+    scorer: Scorer, subset: Bool[np.ndarray, " pair"], label: Any, scheme: Scheme, rng: np.random.Generator
 ) -> FidelityScores:
-    subset = chosen[scorer.inside]
     found = measure(scorer, subset[None], label, scheme, rng)
     names = {field.name for field in dataclasses.fields(FidelityScores)}
     return FidelityScores(
@@ -291,24 +328,15 @@ def fidelity_table(
     ones. What is wrong with one graph is raised with its number.
     """
     scheme = Scheme(alpha1, alpha2, n_samples, form, sampling)
-    if len(explanations) != len(graphs) or not len(graphs):
-        raise InputError(f"need one explanation a graph, got {len(graphs)} graphs and {len(explanations)} explanations")
-    for name, given in (("labels", labels), ("target_nodes", target_nodes)):
-        if given is not None and len(given) != len(graphs):
-            raise InputError(f"need one of {name} a graph, got {len(given)} for {len(graphs)} graphs")
+    check_lengths(graphs, explanations, labels=labels, target_nodes=target_nodes)
     rng, rows = np.random.default_rng(seed), []
     for i, (graph, explanation) in enumerate(zip(graphs, explanations, strict=True)):
-        try:
-            made = as_graph(graph)
-            chosen = explained_pairs(made, explanation, threshold=threshold, top_k=top_k)
-            scorer = Scorer(model, made, None if target_nodes is None else int(target_nodes[i]), hops)
-            if i == 0:
-                check_edge_weights(scorer)
-            found = _one(scorer, chosen, None if labels is None else labels[i], scheme, rng)
-        except ModelError:
-            raise
-        except InputError as error:
-            raise type(error)(f"graph {i}: {error}") from error
+        node = None if target_nodes is None else target_nodes[i]
+        with numbered(i):
+            scorer, subset = prepared(
+                model, graph, explanation, node, hops, threshold=threshold, top_k=top_k, check=i == 0
+            )
+            found = _one(scorer, subset, None if labels is None else labels[i], scheme, rng)
         row = dataclasses.asdict(found) | {"delta_se": found.delta_se}
         rows.append(row | {"characterization": characterization_score(found.ordinary_plus, found.ordinary_minus)})
     return pd.DataFrame(rows)
@@ -339,13 +367,10 @@ def alpha_sweep(
     schemes2 = [Scheme(0.0, a, n_samples, form, sampling) for a in alphas2]
     if not schemes or not schemes2:
         raise InputError("give at least one share for each side")
-    made = as_graph(graph)
-    chosen = explained_pairs(made, explanation, threshold=threshold, top_k=top_k)
-    scorer = Scorer(model, made, target_node, hops)
-    check_edge_weights(scorer)
-    subset, rng = chosen[scorer.inside][None], np.random.default_rng(seed)
-    plus = {s.alpha1: measure(scorer, subset, label, s, rng).scores for s in schemes}
-    minus = {s.alpha2: measure(scorer, subset, label, s, rng).scores for s in schemes2}
+    scorer, subset = prepared(model, graph, explanation, target_node, hops, threshold=threshold, top_k=top_k)
+    rng = np.random.default_rng(seed)
+    plus = {s.alpha1: measure(scorer, subset[None], label, s, rng).scores for s in schemes}
+    minus = {s.alpha2: measure(scorer, subset[None], label, s, rng).scores for s in schemes2}
     rows = []
     for a1, first in plus.items():
         for a2, second in minus.items():

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from sklearn.neighbors import LocalOutlierFactor
 
+from theodolite.core.errors import InputError
 from theodolite.explanations.counterfactuals import Generator
 from theodolite.explanations.model_changes import robust_validity
 
@@ -29,6 +30,8 @@ def benchmark(
     `LocalOutlierFactor` of one neighbour fitted on the training rows in units of their ranges, as in the paper's protocol.
     """
     named = methods if isinstance(methods, Mapping) else {type(m).__name__: m for m in methods}
+    if len(named) < len(methods):
+        raise InputError("two methods are of one kind; name them: benchmark({'tau .6': TRex(tau=0.6), ...}, ...)")
     lines = []
     outliers = None
     for name, method in named.items():

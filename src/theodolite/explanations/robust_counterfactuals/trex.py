@@ -101,7 +101,7 @@ class TRex(Raised):
         if self.search_k < 2:
             raise InputError(f"search_k must be at least 2 draws, got {self.search_k}")
 
-    def _aim(self, rated: np.ndarray) -> np.ndarray:
+    def _aim(self, rated: np.ndarray, probability: np.ndarray) -> np.ndarray:
         return rated >= self.tau
 
     def _objective(self, search: Search, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,6 +129,9 @@ class TRex(Raised):
 @dataclass(kw_only=True)
 class ConfidenceThreshold(Raised):
     """The honest control of `TRex`: climbs the probability m itself until it passes ``tau``, with the same steps."""
+
+    def _aim(self, rated: np.ndarray, probability: np.ndarray) -> np.ndarray:
+        return probability >= self.tau
 
     def _objective(self, search: Search, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return climbed(search, z)
@@ -163,7 +166,7 @@ class TRexNearest(Generator):
         if not 0 < self.tau < 1:
             raise InputError(f"tau must be between 0 and 1, got {self.tau}")
 
-    def _aim(self, rated: np.ndarray) -> np.ndarray:
+    def _aim(self, rated: np.ndarray, probability: np.ndarray) -> np.ndarray:
         return rated >= self.tau
 
     def _whole(self, search: Search) -> tuple[Tensor, Tensor]:

@@ -100,7 +100,7 @@ class StudentSimulator:
             if one.weights:
                 answers[i] = one.probability - sum(one.weights.get(int(c), 0.0) for c in gone) > 0.5
             elif one.path:
-                touched = bool((changed & (one.path[-1] != originals.codes[i])).any())
+                touched = bool((changed & (_wide(one.path[-1], len(changed)) != originals.codes[i])).any())
                 answers[i] = 1 - one.answer if touched else one.answer
             elif one.rule is not None and not set(map(int, gone)) & set(one.rule):
                 answers[i] = one.answer
@@ -111,7 +111,13 @@ def _stack(codes: np.ndarray, more: np.ndarray) -> np.ndarray:
     """Rows under each other, shorter texts filled with empty slots."""
     more = np.atleast_2d(more)
     width = max(codes.shape[1], more.shape[1])
-    return np.vstack([np.pad(one, ((0, 0), (0, width - one.shape[1])), constant_values=-1) for one in (codes, more)])
+    return np.vstack([_wide(codes, width), _wide(more, width)])
+
+
+def _wide(codes: np.ndarray, width: int) -> np.ndarray:
+    """Codes (..., slot) with empty slots behind them, up to ``width``."""
+    room = [(0, 0)] * (codes.ndim - 1) + [(0, width - codes.shape[-1])]
+    return np.pad(codes, room, constant_values=-1)
 
 
 def _regression(

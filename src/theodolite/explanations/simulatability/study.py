@@ -29,9 +29,11 @@ def export_forms(
 ) -> Path:
     """Write the forms of ``test`` for every explainer (bound to its protocol) into ``directory``, and the key beside them.
 
-    A form is METHOD-pre.csv, METHOD-learning.csv (forward) or METHOD-post.csv, each also as HTML to read. A reader fills in
-    the column answer (and rating, 1 to 7), and gives the file back as NAME.METHOD-pre.csv. The key (key.json) has the model's
-    answers: do not hand it out.
+    The forms of a forward test, in the order in which a reader gets them, are METHOD-first.csv (inputs with the model's
+    answers), METHOD-pre.csv, METHOD-learning.csv (the same inputs, explained) and METHOD-post.csv; of a counterfactual test
+    METHOD-pre.csv and METHOD-post.csv; each also as HTML to read. A reader fills in the column answer (and rating, 1 to 7, where
+    there is one), and gives the file back as NAME.METHOD-pre.csv. The key (key.json) has the model's answers: do not hand it
+    out. Readers know the task, so make the protocol with balance="errors" where the rows allow it.
     """
     if not explainers:
         raise InputError("need at least one explainer")
@@ -46,13 +48,14 @@ def export_forms(
     }  # fmt: skip
     for explainer in explainers:
         if isinstance(test, ForwardTest):
-            learning = []
-            for row, output in zip(test.learning_ids.tolist(), test.learning_outputs, strict=True):
-                told = explainer.explain(on.row(row)).text
-                learning.append({"id": row, "input": on.domain.show(on.codes[row]), "model": on.labels[output],
-                                 "explanation": told, "rating": ""})  # fmt: skip
+            first = [
+                {"id": row, "input": on.domain.show(on.codes[row]), "model": on.labels[output]}
+                for row, output in zip(test.learning_ids.tolist(), test.learning_outputs, strict=True)
+            ]
+            learning = [shown | {"explanation": explainer.explain(on.row(shown["id"])).text} for shown in first]
             pre = [{"id": i, "input": on.domain.show(on.codes[i]), "answer": ""} for i in ids]
             post = [pre[i] for i in test.post_order.tolist()]
+            _write(folder, f"{explainer.name}-first", first)
             _write(folder, f"{explainer.name}-learning", learning)
         else:
             pre, post = [], []

@@ -42,11 +42,8 @@ from theodolite.explanations.surrogate.copies import (
     fit_surrogate,
     measure_fidelity,
 )
-from theodolite.explanations.surrogate.explainer import (
-    LocalSurrogateExplanation,
-    OverlapWarning,
-    SurrogateCounterfactual,
-    SurrogateExplainer,
-)
+from theodolite.explanations.surrogate.explainer import SurrogateExplainer
+from theodolite.explanations.surrogate.local import LocalSurrogateExplanation, SurrogateCounterfactual
 from theodolite.explanations.surrogate.networks import ConvAutoencoderClassifier, SelfAttentionNetwork
+from theodolite.explanations.surrogate.reading import OverlapWarning
 from theodolite.explanations.surrogate.rules import Condition, Rule, RuleList

@@ -30,7 +30,7 @@ class BlackBox:
     model: an nn.Module, a fitted scikit-learn estimator, or a callable from an array (n, d). logits: True where the outputs
     are scores to be put through a softmax (a single one through a sigmoid), False where they are probabilities; None:
     a module's outputs are scores unless its rows sum to 1, all others are probabilities. A single output is a value
-    unless ``logits`` is True. names: column names, for estimators that were fitted on a data frame.
+    unless ``logits`` is True. names: of the table's columns, by which estimators that were fitted on a data frame find theirs.
 
     Raises NotProbabilitiesError for outputs that are not finite, negative, or do not sum to 1 (to 1e-3).
     """
@@ -39,7 +39,10 @@ class BlackBox:
         self.model = model
         self.is_module = isinstance(model, nn.Module)
         self.logits = logits
-        self._names = names if names is not None and hasattr(model, "feature_names_in_") else None
+        known = list(getattr(model, "feature_names_in_", ()))
+        # by name where the table's columns have the model's names, in whatever order, otherwise by place
+        self._names = (names if names is not None and set(names) == set(known) else known) if known else None
+        self._known = known
         is_estimator = not self.is_module and hasattr(model, "predict") and not isinstance(model, type)
         if not (self.is_module or is_estimator or callable(model)):
             raise ModelError(f"expected an nn.Module, a fitted estimator or a callable, got {type(model).__name__}")
@@ -63,7 +66,11 @@ class BlackBox:
         """Probabilities or values of all rows."""
         if self.is_module:
             return self._finish(ModelView(self.model, output="raw")(self.tensor(x)))
-        return self._finish(self._ask(x if self._names is None else pd.DataFrame(x, columns=self._names)))
+        if self._names is None:
+            return self._finish(self._ask(x))
+        if len(self._names) != x.shape[1]:
+            raise ModelError(f"the model was fitted on {len(self._known)} columns, the table has {x.shape[1]}")
+        return self._finish(self._ask(pd.DataFrame(x, columns=self._names)[self._known]))
 
     def _finish(self, raw: Any) -> np.ndarray:
         out = raw.detach().cpu().numpy() if isinstance(raw, Tensor) else np.asarray(raw)

@@ -1,10 +1,9 @@
 """The columns that a black box uses, a small copy of it on them, and rules and counterfactuals read from the copy."""
 
-__all__ = ["LocalSurrogateExplanation", "OverlapWarning", "SurrogateCounterfactual", "SurrogateExplainer"]
+__all__ = ["SurrogateExplainer"]
 
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,10 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from sklearn.base import BaseEstimator
-from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from theodolite.core.curve import QualityCurve
-from theodolite.core.errors import DataError, InputError
+from theodolite.core.errors import InputError
 from theodolite.explanations.surrogate.blackbox import BlackBox
 from theodolite.explanations.surrogate.copies import (
     SURROGATES,
@@ -27,53 +25,18 @@ from theodolite.explanations.surrogate.copies import (
     r2_of,
 )
 from theodolite.explanations.surrogate.importance import consensus, correlation_clusters, pick_apart, score_columns
+from theodolite.explanations.surrogate.local import (
+    LocalSurrogateExplanation,
+    SurrogateCounterfactual,
+    leaf_of,
+    nearest_leaf,
+)
+from theodolite.explanations.surrogate.reading import check_apart, column_names, numbers, targets
 from theodolite.explanations.surrogate.rules import Condition, LeafBoxes, Rule, RuleList, pruned, rule_of
 
 METHODS = ("gradient", "permutation", "sensitivity", "attention")
 _SIZES = (5, 10, 20, 50, 100)
 _WITHIN = 0.02  # of the best fidelity: a smaller k that is this near is taken
-_SHARED = 0.1  # share of validation rows that may also be training rows
-
-
-class OverlapWarning(UserWarning):
-    """Many validation rows are training rows too, so what is measured on them is too good."""
-
-
-@dataclass(frozen=True)
-class LocalSurrogateExplanation:
-    """Why the copy answers one row as it does.
-
-    path: the conditions that lead to its leaf, merged per column. prediction, black_box: the two answers (class names, or
-    values). agrees: whether they are equal (a regression: within half a standard deviation). alternatives: the other
-    classes with the leaf's probability, the next-best first.
-    """
-
-    path: tuple[Condition, ...]
-    prediction: object
-    black_box: object
-    agrees: bool
-    alternatives: tuple[tuple[object, float], ...]
-
-    def __str__(self) -> str:
-        reasons = " and ".join(map(str, self.path)) or "nothing is asked"
-        rest = "" if self.agrees else f"; the black box answers {self.black_box}"
-        return f"{self.prediction} because {reasons}{rest}"
-
-
-@dataclass(frozen=True, eq=False)
-class SurrogateCounterfactual:
-    """The smallest change that takes a row into a leaf of another class.
-
-    changes: {feature: (before, after)}. cost: sum of |after - before| in standard deviations of the training rows, to the
-    border of the leaf. flips_surrogate, flips_black_box: whether each model then gives the wanted class (any other class
-    than before, where none was named).
-    """
-
-    x_new: Float[np.ndarray, " column"]
-    changes: Mapping[str, tuple[float, float]]
-    cost: float
-    flips_surrogate: bool
-    flips_black_box: bool
 
 
 class SurrogateExplainer(BaseEstimator):
@@ -101,7 +64,7 @@ class SurrogateExplainer(BaseEstimator):
     >>> def box(x):
     ...     p = 1 / (1 + np.exp(-8 * x[:, 2]))
     ...     return np.stack([1 - p, p], axis=1)
-    >>> explainer = SurrogateExplainer(k=1, random_state=0).fit(box, x[:200], x[200:300])
+    >>> explainer = SurrogateExplainer(k=1).fit(box, x[:200], x[200:300])
     >>> explainer.top_.tolist(), explainer.fidelity(x[300:]).agreement > 0.9
     ([2], True)
     """
@@ -118,7 +81,7 @@ class SurrogateExplainer(BaseEstimator):
         replacement: str = "median",
         redundancy: str = "penalise",
         feature_names: Sequence[str] | None = None,
-        random_state: Any = None,
+        seed: int = 0,
         *,
         targets: str = "soft",
         logits: bool | None = None,
@@ -134,7 +97,7 @@ class SurrogateExplainer(BaseEstimator):
         self.replacement = replacement
         self.redundancy = redundancy
         self.feature_names = feature_names
-        self.random_state = random_state
+        self.seed = seed
         self.targets = targets
         self.logits = logits
         self.class_names = class_names
@@ -168,34 +131,9 @@ class SurrogateExplainer(BaseEstimator):
 
     def _table(self, x: Any, name: str) -> np.ndarray:
         """Rows (n, d) of float64; missing values only where the copy can take them."""
-        table = x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
-        if table.dtype.kind not in "fiub" and not isinstance(x, pd.DataFrame):
-            raise InputError(f"{name} must hold numbers, got an array of {table.dtype}; encode categories first")
-        try:
-            table = table.astype(np.float64)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{name} must hold numbers; encode categories first ({error})") from error
-        if table.ndim != 2 or table.shape[0] == 0 or table.shape[1] == 0:
-            raise InputError(f"{name} must be a table (rows, columns) with at least one row, got shape {table.shape}")
-        if hasattr(self, "n_features_in_") and table.shape[1] != self.n_features_in_:
-            raise InputError(f"{name} has {table.shape[1]} columns, but {self.n_features_in_} were fitted")
-        if isinstance(x, pd.DataFrame) and hasattr(self, "features_") and list(map(str, x.columns)) != self.features_:
-            raise InputError(f"{name} must have the columns of X_train, by the same names in the same order")
-        if np.isinf(table).any():
-            raise DataError(f"{name} holds infinite values")
-        missing = np.flatnonzero(np.isnan(table).any(axis=0))
-        if len(missing) and self.surrogate != "boosting":
-            names = getattr(self, "features_", None) or [f"column {j}" for j in range(table.shape[1])]
-            listed = ", ".join(names[j] for j in missing[:10]) + (", ..." if len(missing) > 10 else "")
-            raise DataError(f"{name} has missing values in {listed}; fill them in, or use surrogate='boosting'")
-        return table
-
-    def _names(self, x: Any, d: int) -> list[str]:
-        if self.feature_names is not None:
-            if len(self.feature_names) != d:
-                raise InputError(f"{len(self.feature_names)} feature names for {d} columns")
-            return [str(name) for name in self.feature_names]
-        return [str(name) for name in x.columns] if isinstance(x, pd.DataFrame) else [f"x{j}" for j in range(d)]
+        return numbers(
+            x, name, getattr(self, "features_", None), missing=self.surrogate == "boosting", frame=self._frame
+        )
 
     def fit(self, model: Any, X_train: Any, X_val: Any, y_val: Any = None) -> "SurrogateExplainer":
         """Score the columns of ``model`` on X_val, choose k of them, and fit the copy on X_train.
@@ -210,23 +148,23 @@ class SurrogateExplainer(BaseEstimator):
         for name in ("n_features_in_", "features_"):
             self.__dict__.pop(name, None)
         self._check_options()
+        self._frame = list(map(str, X_train.columns)) if isinstance(X_train, pd.DataFrame) else None
         columns = getattr(X_train, "shape", np.shape(X_train))
         if len(columns) == 2:
             self._check_k(columns[1])
-            self.features_ = self._names(X_train, columns[1])
+            self.features_ = column_names(X_train, columns[1], self.feature_names)
         x = self._table(X_train, "X_train")
         self.n_features_in_ = d = x.shape[1]
         held = self._table(X_val, "X_val")
-        _check_apart(x, held)
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        box = BlackBox(model, logits=self.logits, names=self.features_)
+        check_apart(x, held)
+        box = BlackBox(model, logits=self.logits, names=self._frame or self.features_)
         p, p_held = box(x), box(held)
         known = box.classes if box.classes is not None and len(box.classes) == p.shape[1] else np.arange(p.shape[1])
         if self.class_names is not None and p.shape[1] > 1:
             known = np.array(self.class_names, dtype=object)
             if len(known) != p.shape[1]:
                 raise InputError(f"{len(known)} class names for {p.shape[1]} outputs of the model")
-        self._box, self._seed, self._x, self._p, self._held, self._p_held = box, seed, x, p, held, p_held
+        self._box, self._x, self._p, self._held, self._p_held = box, x, p, held, p_held
         self.is_classifier_ = p.shape[1] > 1
         self.classes_ = known if self.is_classifier_ else None
         y = None if y_val is None else self._targets(y_val, len(held))
@@ -237,7 +175,7 @@ class SurrogateExplainer(BaseEstimator):
         most = sizes[-1] if self.k == "auto" else int(self.k)
         found = score_columns(
             box, held, y, methods=self.scores, scale=self.scale_,
-            keep=max(self.screen, most if self.k == "auto" else 10 * most), repeats=self.repeats, seed=seed,
+            keep=max(self.screen, most if self.k == "auto" else 10 * most), repeats=self.repeats, seed=self.seed,
         )  # fmt: skip
         self.notes_ = found.notes
         ranks, mean_rank, importance = consensus(found.value)
@@ -273,7 +211,7 @@ class SurrogateExplainer(BaseEstimator):
     def _copy(self, name: str, columns: np.ndarray) -> Surrogate:
         return fit_surrogate(
             name, self._x, self._p, columns, max_depth=self.max_depth, min_leaf=self.min_leaf,
-            hard=self.targets == "hard", seed=self._seed,
+            hard=self.targets == "hard", seed=self.seed,
         )  # fmt: skip
 
     def _choose(self, sizes: list[int]) -> None:
@@ -301,24 +239,7 @@ class SurrogateExplainer(BaseEstimator):
 
     def _targets(self, y: Any, n: int) -> np.ndarray:
         """Class indices, or values of a regression."""
-        labels = y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else np.asarray(y)
-        labels = labels.reshape(-1)
-        if len(labels) != n:
-            raise InputError(f"need one label a row, got {len(labels)} for {n} rows")
-        if self.classes_ is None:
-            return labels.astype(np.float64)
-        if self.class_names is not None and labels.dtype.kind in "iu":
-            if labels.min() < 0 or labels.max() >= len(self.classes_):
-                raise InputError(f"labels must be positions 0..{len(self.classes_) - 1} or class names")
-            return labels.astype(np.int64)
-        place = {label: i for i, label in enumerate(self.classes_.tolist())}
-        unknown = sorted({str(label) for label in labels.tolist() if label not in place})
-        if unknown:
-            raise InputError(
-                f"labels {', '.join(unknown[:5])} are none of the model's classes "
-                f"({', '.join(map(str, list(place)[:5]))}{', ...' if len(place) > 5 else ''})"
-            )
-        return np.array([place[label] for label in labels.tolist()])
+        return targets(y, n, self.classes_, positions=self.class_names is not None)
 
     # ---- the copy
 
@@ -427,10 +348,6 @@ class SurrogateExplainer(BaseEstimator):
             raise InputError(f"need one row, got an array of shape {row.shape}")
         return self._table(row[None], "x")
 
-    def _leaf(self, row: np.ndarray) -> int:
-        values = row[0, self._leaves().columns].astype(np.float32)
-        return int(np.flatnonzero(((values > self._leaves().low) & (values <= self._leaves().high)).all(axis=1))[0])
-
     def _agree(self, one: np.ndarray, other: np.ndarray) -> bool:
         if self.is_classifier_:
             return bool(one.argmax() == other.argmax())
@@ -440,7 +357,7 @@ class SurrogateExplainer(BaseEstimator):
         """The path that one row (d,) takes through the tree, both answers, and the next-best classes."""
         boxes = self._leaves()
         row = self._row(x)
-        leaf, p = self._leaf(row), self._box(row)[0]
+        leaf, p = leaf_of(boxes, row[0]), self._box(row)[0]
         answer = boxes.answer[leaf]
         others: tuple[tuple[object, float], ...] = ()
         if self.classes_ is not None:
@@ -458,7 +375,7 @@ class SurrogateExplainer(BaseEstimator):
         if self.classes_ is None:
             raise InputError("a counterfactual needs classes; this black box gives values")
         row = self._row(x)
-        leaf, before = self._leaf(row), self._box(row)[0]
+        leaf, before = leaf_of(boxes, row[0]), self._box(row)[0]
         answers = boxes.answer.argmax(axis=1)
         wanted = answers != answers[leaf]
         if target is not None:
@@ -468,24 +385,18 @@ class SurrogateExplainer(BaseEstimator):
             if answers[leaf] == index:
                 raise InputError(f"the copy already answers {target} to this row")
             wanted = answers == index
-        if not wanted.any():
-            raise InputError("no leaf of the tree gives " + (f"{target}" if target is not None else "another class"))
-        columns = boxes.columns
-        scale = np.where(self.scale_[columns] > 0, self.scale_[columns], 1.0)
-        costs = np.where(wanted, boxes.costs(row[0, columns], scale), np.inf)
-        nearest = int(costs.argmin())
-        new = row.copy()
-        new[0, columns] = boxes.into(nearest, row[0, columns])
-        changed = [j for j in columns.tolist() if new[0, j] != row[0, j]]
-        after = self._box(new)[0].argmax()
+        nearest, cost, new = nearest_leaf(boxes, row[0], self.scale_, wanted)
+        changed = [j for j in boxes.columns.tolist() if new[j] != row[0, j]]
+        after = self._box(new[None])[0].argmax()
         flips = after == answers[nearest] if target is not None else after != before.argmax()
         return SurrogateCounterfactual(
-            new[0], {self.features_[j]: (float(row[0, j]), float(new[0, j])) for j in changed}, float(costs[nearest]),
-            self._leaf(new) == nearest, bool(flips),
+            new, {self.features_[j]: (float(row[0, j]), float(new[j])) for j in changed}, cost,
+            leaf_of(boxes, new) == nearest, bool(flips),
         )  # fmt: skip
 
     def what_if(self, x: Any, edits: Sequence[Mapping[str, float]]) -> pd.DataFrame:
         """Both answers to row x (d,) after each edit {feature: value}; the first line is the row as it is."""
+        check_is_fitted(self, "surrogate_")
         row = self._row(x)
         rows = np.repeat(row, len(edits) + 1, axis=0)
         for i, edit in enumerate(edits, start=1):
@@ -518,7 +429,7 @@ class SurrogateExplainer(BaseEstimator):
         elif self.replacement == "zero":
             changed[:, columns] = 0.0
         else:
-            donors = np.random.default_rng(self._seed).integers(0, len(self._x), len(x))
+            donors = np.random.default_rng(self.seed).integers(0, len(self._x), len(x))
             changed[:, columns] = self._x[donors][:, columns]
         q = self._box(changed)
         rows = np.arange(len(x))
@@ -571,16 +482,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def _check_apart(x: np.ndarray, held: np.ndarray) -> None:
-    if x.shape == held.shape and np.array_equal(x, held, equal_nan=True):
-        raise InputError("X_val is X_train; columns have to be scored on rows that the copy was not fitted on")
-    train = {row.tobytes() for row in x}
-    shared = sum(row.tobytes() in train for row in held)
-    if shared > _SHARED * len(held):
-        warnings.warn(
-            f"{shared} of {len(held)} validation rows are training rows too, so k and the scores look better than they are",
-            OverlapWarning,
-            stacklevel=3,
-        )

@@ -50,7 +50,9 @@ def _forecast(subject: Subject) -> float:
     view(rows)
     started = time.perf_counter()
     view(rows)
-    paths = 2 * _FITTED + 2 * _EXPLAINED * (_DRAWS + 3)
+    # two bandits learn from two paths a row and explain all rows; of images a third one explains those that are drawn
+    paths = 4 * _FITTED + 2 * _EXPLAINED * (_DRAWS + 3)
+    paths += 2 * _FITTED + _SHOWN * (_DRAWS + 3) if subject.data.modality == "image" else 0
     # a backward pass takes two forward ones; hooks, draws and scores of a path take some milliseconds
     return paths * (4 * (time.perf_counter() - started) + 0.006)
 
@@ -109,6 +111,7 @@ def bee(subject: Subject, budget: Budget) -> Finding:
     )  # fmt: skip
     ours = _explain(subject, "adp", rows, removed, "penultimate", budget)
     uniform = _explain(subject, "adp", rows, removed, "uniform", budget)
+    beside = _explain(subject, "insertion", rows[:_SHOWN], removed, "penultimate", budget) if image else None
     shape = tuple(rows.shape[2:]) if image else tuple(rows.shape[1:])
     blind = random_smooth_maps(_DRAWS * len(rows), shape, seed=budget.seed).unflatten(0, (_DRAWS, len(rows)))
     target, plain = target_probabilities(subject.predictor, rows, memory=budget.memory)
@@ -149,12 +152,12 @@ def bee(subject: Subject, budget: Budget) -> Finding:
         f"loses {zero.mean():.1f} % and a random map {random[0].mean():.1f} %.",
         numbers=numbers,
         comparison=comparison,
-        figure=_figure(scores, ours, uniform, zero, random, rows),
+        figure=_figure(scores, ours, beside, uniform, zero, random, rows),
         reading="For each metric, the share of the held-out inputs for which a family of baselines has the best mean over "
         f"{_PER_FAMILY} draws. A row with one dark cell is a metric that prefers one baseline; even rows say that the choice "
         "hardly matters. "
         + (
-            "Beside it, inputs and the map that the bandit chose by average drop." if image
+            "Beside it, inputs and the maps that two bandits chose, one by average drop and one by insertion." if image
             else "Beside it, the average drop of the maps: lower is better."
         ),
         advice=_advice(by_drop, by_insertion, ours, zero, random),
@@ -200,14 +203,20 @@ def _lost(scores: FamilyScores) -> Estimate:
 
 
 def _figure(
-    scores: FamilyScores, ours: _Explained, uniform: _Explained, zero: np.ndarray, random: np.ndarray, rows: Tensor
-) -> go.Figure:  # fmt: skip
+    scores: FamilyScores,
+    ours: _Explained,
+    beside: _Explained | None,
+    uniform: _Explained,
+    zero: np.ndarray,
+    random: np.ndarray,
+    rows: Tensor,
+) -> go.Figure:
     share = np.stack([scores.win_share(metric) for metric in scores.metrics])
     heat = go.Heatmap(
         z=share, x=list(scores.families), y=list(scores.metrics), zmin=0, zmax=1, colorscale="Blues", showscale=False,
         texttemplate="%{z:.0%}", hovertemplate="%{y}, %{x}: %{z:.0%}<extra></extra>",
     )  # fmt: skip
-    if rows.ndim == 2:
+    if beside is None:  # a table has bars in the place of maps
         figure = make_subplots(rows=1, cols=2, subplot_titles=("share of inputs won", "average drop, %"))
         figure.add_trace(heat, row=1, col=1)
         bars = {
@@ -226,14 +235,15 @@ def _figure(
         figure.update_layout(margin={"l": 60, "r": 20, "t": 40, "b": 50})
         return figure
     shown = min(_SHOWN, len(rows))
-    specs = [[{"rowspan": shown}, {}, {}], *([None, {}, {}] for _ in range(shown - 1))]
-    titles = ["share of inputs won", "input", "map"]
+    specs = [[{"rowspan": shown}, {}, {}, {}], *([None, {}, {}, {}] for _ in range(shown - 1))]
+    titles = ["share of inputs won", "input", "by average drop", "by insertion"]
     figure = make_subplots(
-        rows=shown, cols=3, specs=specs, column_widths=[0.6, 0.2, 0.2], subplot_titles=titles, vertical_spacing=0.03
-    )
+        rows=shown, cols=4, specs=specs, column_widths=[0.52, 0.16, 0.16, 0.16], subplot_titles=titles,
+        vertical_spacing=0.03, horizontal_spacing=0.04,
+    )  # fmt: skip
     figure.add_trace(heat, row=1, col=1)
     for i in range(shown):
-        for col, pixels in ((2, rows[i].mean(dim=0)), (3, ours.found[i].map)):
+        for col, pixels in ((2, rows[i].mean(dim=0)), (3, ours.found[i].map), (4, beside.found[i].map)):
             drawn = (
                 torch.round(pixels[:: max(1, pixels.shape[0] // 56), :: max(1, pixels.shape[1] // 56)] * 1000) / 1000
             )

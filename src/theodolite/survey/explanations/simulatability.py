@@ -1,6 +1,6 @@
 """The chart of simulatability: which explanation helps a simulated reader predict the model's answers."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -46,11 +46,17 @@ class _Asked:
 
 
 def protocol_of(
-    subject: Subject, *, seed: int = 0, memory: int | None = None, sizes: tuple[tuple[int, int], ...] = _SIZES
+    subject: Subject,
+    *,
+    seed: int = 0,
+    memory: int | None = None,
+    sizes: tuple[tuple[int, int], ...] = _SIZES,
+    balance: Literal["errors", "outputs"] = "outputs",
 ) -> SimulationProtocol:
     """Tests of the subject's answers on its held-out rows; with more than two classes, of whether it answers the commonest.
 
-    sizes: (learning, test) in the order in which they are tried; the first that the rows allow is taken. Raises CannotBalance
+    sizes: (learning, test) in the order in which they are tried; the first that the rows allow is taken. balance: as in
+    `SimulationProtocol`; "outputs" is enough for readers who do not know the task, people need "errors". Raises CannotBalance
     where none is.
     """
     data = subject.data
@@ -66,7 +72,7 @@ def protocol_of(
         try:
             return SimulationProtocol(
                 _Asked(subject, which, memory), x, (y == which).astype(int), data.features or None, seed=seed,
-                learning=learning, test=test, labels=labels, balance="outputs",
+                learning=learning, test=test, labels=labels, balance=balance,
                 most_changes=max(3, x.shape[1] // 4),
             )  # fmt: skip
         except CannotBalance as error:

@@ -96,7 +96,7 @@ def high_dimensional_surrogate(subject: Subject, budget: Budget) -> Finding:
     d = copies.x.shape[1]
     explainer = SurrogateExplainer(
         feature_names=data.features or None, class_names=data.classes or None, logits=_logits(subject),
-        random_state=budget.seed,
+        seed=budget.seed,
     )  # fmt: skip
     labels = data.validation.y.numpy()[: _ROWS["validation"]]
     with warnings.catch_warnings():

@@ -1,0 +1,15 @@
+"""What the two commands on named layers of a network share."""
+
+__all__ = ["network_nodes"]
+
+from theodolite.commands import SubjectFlags
+from theodolite.core.errors import InputError
+from theodolite.core.subject import Subject
+
+
+def network_nodes(flags: SubjectFlags, nodes: str) -> tuple[Subject, list[str]]:
+    """The subject of the flags, which has to be a network, and the names in ``nodes``."""
+    subject = flags.load()
+    if not subject.is_network:
+        raise InputError(f"--nodes names layers of a network; {subject.name} is a {subject.model_name}")
+    return subject, [name.strip() for name in nodes.split(",") if name.strip()]
