@@ -141,6 +141,14 @@ def test_noise_is_gumbel_and_depends_on_seed_stream_and_row_only():
 VALUES = st.lists(st.floats(-1e300, 1e300) | st.sampled_from([0.0, -0.0, 1.0, -1.0, 5e-324]), min_size=1, max_size=60)
 
 
+def test_a_random_choice_does_not_look_at_the_weights():
+    steep = np.linspace(0, 500, 40)
+    drawn = [resample(steep, 10, "random", seed=seed) for seed in range(400)]
+    assert drawn[3].tolist() == resample(-steep, 10, "random", seed=3).tolist()
+    often = np.bincount(np.concatenate(drawn), minlength=40) / 400
+    assert abs(often - 0.25).max() < 5 * math.sqrt(0.25 * 0.75 / 400)
+
+
 @settings(max_examples=150, deadline=None)
 @given(values=VALUES, data=st.data())
 def test_the_k_largest_of_any_numbers(values, data):
@@ -619,6 +627,8 @@ def test_the_command_tells_and_writes(files, tmp_path):
     assert [json.loads(x)["id"] for x in read_lines(tmp_path / "out.jsonl")] == here.indices.tolist()
     assert found["selected"] == 80
     assert math.isclose(found["nats_closer_to_the_target"], here.kl_reduction)
+    assert math.isclose(found["nats_closer_by_a_random_choice"], fitted().select(80, "random").kl_reduction)
+    assert found["nats_closer_by_a_random_choice"] < found["nats_closer_to_the_target"]
     assert found["note"] == here.note
     assert found["written"] == [str(tmp_path / "out.jsonl")]
     rows = json.loads(run_command(*given_files, "-k", 9, "--method", "top_k", "--json").stdout)

@@ -97,6 +97,7 @@ def command(
             folder=work,
         ).fit(corpus(raw), wanted)
         chosen = made.select(select, cast(Any, method))
+        by_chance = made.select(select, "random")
         written = [] if out is None else made.write(chosen, out)
     gained = [feature for feature in chosen.top_features if feature.selected > feature.raw]
     lost = [feature for feature in chosen.top_features if feature.selected < feature.raw]
@@ -105,6 +106,7 @@ def command(
         "may_be_selected": chosen.n_eligible,
         "left_out": dict(chosen.left_out) if as_json else _counted(chosen.left_out),
         "nats_closer_to_the_target": chosen.kl_reduction,
+        "nats_closer_by_a_random_choice": by_chance.kl_reduction,
         "gained": [one.ngram for one in gained] if as_json else ", ".join(one.ngram for one in gained[:_SHOWN]),
         "lost": [one.ngram for one in lost] if as_json else ", ".join(one.ngram for one in reversed(lost[-_SHOWN:])),
         "share_that_the_largest_weights_give_too": chosen.overlap_with_top_k,

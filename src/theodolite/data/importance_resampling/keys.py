@@ -12,14 +12,14 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int, UInt64
 
 from theodolite.core.errors import DataError, InputError
 
-Method = Literal["gumbel", "top_k"]
+Method = Literal["gumbel", "top_k", "random"]
 Histogram = Callable[[int, int], np.ndarray]
 _ROWS = 1 << 18
 _GOLDEN, _MIX = np.uint64(0x9E3779B97F4A7C15), (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
@@ -28,7 +28,7 @@ _SIGN = np.uint64(1 << 63)
 
 @dataclass(frozen=True)
 class Draw:
-    """How keys are made: with or without noise, its seed, what log weights are divided by, and the fewest words."""
+    """How keys are made: of weights and noise, weights or noise; its seed, what log weights are divided by, the fewest words."""
 
     method: Method = "gumbel"
     seed: int = 0
@@ -36,15 +36,15 @@ class Draw:
     min_words: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in ("gumbel", "top_k"):
-            raise InputError(f'the method is "gumbel" or "top_k", got {self.method!r}')
+        if self.method not in get_args(Method):
+            raise InputError(f"the method is one of {', '.join(get_args(Method))}, got {self.method!r}")
         if not 0 < self.temperature < float("inf"):
             raise InputError(f"the temperature must be finite and above 0, got {self.temperature}")
 
     def keys(self, weights: np.ndarray, rows: np.ndarray, target: int) -> np.ndarray:
         """Ordered keys (rows,) of log weights (rows,) for one target."""
-        values = weights / self.temperature
-        return ordered(values + gumbel(rows, self.seed, target) if self.method == "gumbel" else values)
+        values = np.zeros_like(weights) if self.method == "random" else weights / self.temperature
+        return ordered(values if self.method == "top_k" else values + gumbel(rows, self.seed, target))
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,9 @@ def resample(
 ) -> Int[np.ndarray, " chosen"]:
     """k documents without replacement, with probabilities proportional to their weights; row numbers, ascending.
 
-    method "top_k": those with the largest weights, the first of equal ones. Raises InputError for k outside 0 .. N and
-    DataError naming the first weight that is not finite.
+    method "top_k": those with the largest weights, the first of equal ones; "random": all equally likely.
+
+    Raises InputError for k outside 0 .. N and DataError naming the first weight that is not finite.
 
     Source: Xie, Santurkar, Ma, Liang, 2023, arXiv:2302.03169 (Gumbel top-k resampling).
 

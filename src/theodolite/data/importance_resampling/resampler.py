@@ -96,6 +96,8 @@ class Selection:
             return "Nothing was selected."
         if self.method == "top_k":
             text = "Taken are the documents with the largest weights; none is drawn."
+        elif self.method == "random":
+            return "Drawn with equal chances, whatever the weights."
         else:
             text = (
                 f"{self.overlap_with_top_k:.1%} of the sample are the documents with the largest weights: the weights vary "
@@ -292,7 +294,9 @@ class ImportanceResampler:
     # ---- pass 3
 
     def select(self, k: int, method: Method = "gumbel", *, raw: Any = None) -> Selection:
-        """k documents of the raw corpus (``raw``: of another one, needed after `load`); "top_k" leaves the noise out.
+        """k documents of the raw corpus (``raw``: of another one, needed after `load`).
+
+        method "top_k" leaves the noise out, "random" the weights: the control of every selection.
 
         Raises NotEnoughDocumentsError where fewer may be taken.
         """
