@@ -421,14 +421,15 @@ def mcmc(
         )
     accepted = np.zeros(steps, dtype=bool)
     kept = set(range(steps - 1, burn_in - 1, -thin))
-    samples, logs = [], []
+    samples, logs, taken = [], [], 0
     for step in range(steps):
         trace, accepted[step] = base.run(traced.transition(start.model, trace))
+        taken += int(accepted[step])
         if step in kept:
             samples.append(trace.output)
             logs.append(trace.logp)
         if on_step is not None:
-            on_step(step + 1, float(accepted[: step + 1].mean()))
+            on_step(step + 1, taken / (step + 1))
     rate = float(accepted[burn_in:].mean())
     if rate < _SMALL_ACCEPTANCE:
         warnings.warn(

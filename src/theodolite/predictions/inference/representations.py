@@ -159,35 +159,15 @@ _UNIT = uniform()
 
 
 @no_type_check
-class Replay(Representation):
+class Replay(Base):
     """Over R: a program that `run` leads through a given list of uniforms."""
 
     def __init__(self, inner: Representation) -> None:
         self.inner, self.base = inner, inner.base
 
-    def ret(self, x: Any) -> Program:
-        """`Ret`."""
-        return Ret(x)
-
-    def bind(self, m: Program, k: Callable[[Any], Program]) -> Program:
-        """`Bind`."""
-        return Bind(m, k)
-
-    def sample(self, dist: Distribution) -> Program:
-        """The distribution itself."""
-        return dist
-
-    def factor(self, logw: float) -> Program:
-        """Scored in R when run."""
-        return Factor(logw)
-
     def lift(self, program: Program) -> Program:
         """Left to the base when run, and not recorded."""
         return Untraced(program)
-
-    def of(self, program: Program) -> Program:
-        """The program itself."""
-        return program
 
     def run(self, m: Program, uniforms: tuple[float, ...] = (), start: Any = None) -> Any:
         """An element of R that gives (value, the uniforms used).
