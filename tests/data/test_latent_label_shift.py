@@ -568,7 +568,7 @@ def test_the_command_finds_classes_in_a_table(table, tmp_path):
 
 
 def test_the_command_counts_classes_where_no_number_is_given(table):
-    code, out = run("--data", table, "--domain", "site", "--leave-out", "label", "--json")
+    code, out = run(table, "--domain", "site", "--leave-out", "label", "--json")
     assert code == 0, out
     assert json.loads(out)["singular_values_above_noise"] == 3
 
@@ -584,6 +584,7 @@ def test_mistakes_of_the_command_are_told(table, tmp_path):
     for arguments, text in (
         (("--classes", 3), "need --domain"),
         (("--domain", "site"), "--data FILE"),
+        ((table, "--data", table, "--domain", "site"), "give the table once"),
         (("--data", tmp_path / "no.csv", *site), "no file"),
         (("--data", table, "--domain", "shop"), "no column 'shop'"),
         (("--data", tmp_path / "holes.csv", *site), "missing values in column a"),

@@ -725,7 +725,7 @@ def written_pairs(path, n=60, **change):
 
 def test_the_command_calibrates_what_a_server_wrote(tmp_path):
     file, out = written_pairs(tmp_path / "calib.jsonl", 100), tmp_path / "sets.jsonl"
-    told = command("--pairs", file, "--epsilon", 0.1, "--delta", 0.1, "--out", out)
+    told = command(file, "--epsilon", 0.1, "--delta", 0.1, "--out", out)
     assert told["pairs"] == {"calibration": 70, "test": 30}
     assert told["test"]["coverage"] >= 0.8
     assert told["allowed_errors"] == k_errors(70, 0.1, 0.1)
@@ -737,22 +737,22 @@ def test_the_command_asks_an_endpoint(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "b) f(a,", "reference": "f(a, b)"}\n' * 40)
     with protocol_server() as server:
-        told = command("--pairs", file, "--endpoint", server.url, "--model", "m")
+        told = command(file, "--endpoint", server.url, "--model", "m")
     assert told["point_prediction_coverage"] == 1.0
     assert told["examples"] == ["f(a, b)"] * 3
 
 
 def test_the_command_names_what_is_wrong(tmp_path):
-    with pytest.raises(InputError, match="either --pairs"):
+    with pytest.raises(InputError, match="either PAIRS"):
         command()
     with pytest.raises(InputError, match="--test-share"):
-        command("--pairs", written_pairs(tmp_path / "a.jsonl"), "--test-share", 1)
+        command(written_pairs(tmp_path / "a.jsonl"), "--test-share", 1)
     with pytest.raises(CalibrationTooSmall, match="at least 22"):
-        command("--pairs", written_pairs(tmp_path / "few.jsonl", 20))
+        command(written_pairs(tmp_path / "few.jsonl", 20))
     with pytest.raises(InputError, match="gave an empty list"):
-        command("--pairs", written_pairs(tmp_path / "b.jsonl", tokens=[]))
+        command(written_pairs(tmp_path / "b.jsonl", tokens=[]))
     with pytest.raises(InputError, match="must be texts"):
-        command("--pairs", written_pairs(tmp_path / "c.jsonl", reference=3))
+        command(written_pairs(tmp_path / "c.jsonl", reference=3))
     with pytest.raises(InputError, match="holds no function"):
         command("--sources", tmp_path)
     for name, text, words in (
@@ -760,9 +760,9 @@ def test_the_command_names_what_is_wrong(tmp_path):
     ):  # fmt: skip
         (tmp_path / name).write_text(text)
         with pytest.raises(InputError, match=words):
-            command("--pairs", tmp_path / name)
+            command(tmp_path / name)
     with pytest.raises(InputError, match="cannot read"):
-        command("--pairs", tmp_path / "missing.jsonl")
+        command(tmp_path / "missing.jsonl")
 
 
 def test_return_lines_of_real_code(tmp_path):

@@ -2,6 +2,7 @@
 
 __all__ = ["command"]
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +16,8 @@ from theodolite.run_commands.shared import Memory, Seconds, chart, tell
 @subject_flags
 def command(
     flags: SubjectFlags,
-    domain: Annotated[
-        str | None, typer.Option(help="column of --data that names each row's domain (site, shop, week)")
-    ] = None,
+    table: Annotated[Path | None, typer.Argument(help="the table, as with --data")] = None,
+    domain: Annotated[str | None, typer.Option(help="column that names each row's domain (site, shop, week)")] = None,
     classes: Annotated[
         int | None, typer.Option(help="hidden classes to find; the evidence on their number otherwise")
     ] = None,
@@ -32,17 +32,21 @@ def command(
     memory: Memory = 1024,
     as_json: Json = False,
 ) -> None:
-    """Hidden classes of a table without labels: give --data FILE --domain COLUMN --classes K, or a subject as for the survey.
+    """Hidden classes of a table without labels: give FILE --domain COLUMN --classes K, or a subject as for the survey.
 
     With --target the column of true labels is not looked at either, and the classes found are scored by it.
     """
+    if table is not None:
+        if flags.data is not None:
+            raise InputError(f"give the table once: {table}, or --data {flags.data}")
+        flags = replace(flags, data=str(table))
     if domain is None:
         if classes is not None or clusters is not None or leave_out or out is not None:
             raise InputError("--classes, --clusters, --leave-out and --out need --domain COLUMN and --data FILE")
         chart("latent-label-shift", flags, seconds, memory, as_json)
         return
     if flags.data is None:
-        raise InputError("--domain names a column of a table: give the table with --data FILE")
+        raise InputError("--domain names a column of a table: give the table, FILE or --data FILE")
     import numpy as np
 
     from theodolite.core.files import write_whole

@@ -21,13 +21,13 @@ _PROMPTED, _WRITTEN = {"prompt", "reference"}, {"text", "tokens", "reference"}
 def command(
     pairs: Annotated[
         Path | None,
-        typer.Option(
+        typer.Argument(
             help='JSON Lines: {"prompt", "reference"} a line for a model to write, or {"text", "tokens", "reference"} with '
             'tokens [{"token", "logprob"}, ...] as a server gave them'
         ),
     ] = None,
     sources: Annotated[
-        str | None, typer.Option(help="folder of Python files, or stdlib: return lines to complete, instead of --pairs")
+        str | None, typer.Option(help="folder of Python files, or stdlib: return lines to complete, instead of PAIRS")
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="smollm2, a Hugging Face folder or name; with --endpoint its name there")
@@ -51,7 +51,7 @@ def command(
 ) -> None:
     """Calibrate partial programs on pairs of prompt and right program, and measure them on pairs kept apart."""
     if (pairs is None) == (sources is None):
-        raise InputError("give either --pairs (a JSON Lines file) or --sources (a folder of Python files, or stdlib)")
+        raise InputError("give either PAIRS (a JSON Lines file) or --sources (a folder of Python files, or stdlib)")
     if not 0 < test_share < 1:
         raise InputError(f"--test-share must lie strictly between 0 and 1, got {test_share}")
     import numpy as np
