@@ -1,18 +1,24 @@
 """The table of all dictionaries: known answers for an identity, and every kind of dictionary in it."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from sklearn.base import BaseEstimator
+from typer.testing import CliRunner
 
 from theodolite.activations.ast_probe import ASTProbe, SyntaxTree
-from theodolite.activations.dictionary import SparseAutoencoder, train_sae
+from theodolite.activations.dictionary import SparseAutoencoder, load_sae, train_sae
 from theodolite.activations.dictionary_evaluation import SupervisedDictionary, compare_dictionaries
 from theodolite.activations.interaction_basis import InteractionBasis
 from theodolite.activations.local_interaction_basis import LocalInteractionBasis
 from theodolite.activations.relative import RelativeProjection
 from theodolite.core.dictionary import Dictionary, LinearDictionary, explained_variance, kept_codes_curve
-from theodolite.core.errors import InputError
+from theodolite.core.errors import DataError, InputError
+from theodolite.core.store import ActivationStore
+from theodolite.run_commands import run_app
+from tiny_language_model import save_tiny_model, sentences
 
 SCALES = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.5])  # of variance 25, 16, 9, 4, 1 and 1/4 of 55.25
 HEAD = torch.tensor(
@@ -229,3 +235,21 @@ def test_d90_is_found_by_the_same_curve_as_by_reconstructing_for_every_count():
 def test_what_cannot_be_compared_is_told(call, text):
     with pytest.raises(InputError, match=text):
         call()
+
+
+def test_the_command_trains_on_states_kept_on_disk(tmp_path):
+    model = save_tiny_model(tmp_path / "model")
+    (tmp_path / "notes.txt").write_text("\n\n".join(sentences(80)))
+    given = ["--model", model, "--data", str(tmp_path / "notes.txt"), "--task", "language", "--tokens", "2560"]
+    told = CliRunner().invoke(run_app, ["sae-evaluation", *given, "--store", str(tmp_path / "kept"), "--json"])
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.stdout)
+    store, made = ActivationStore(tmp_path / "kept"), load_sae(found["autoencoder"])
+    assert found["states on disk"] == len(store[store.names[0]]) == 36 * 63  # 40 rows of 64 tokens, a tenth held out
+    rows = store.tensor(store.names[0])
+    assert explained_variance(made, rows) > explained_variance(LinearDictionary.random(16, 2, seed=0), rows)
+    assert found["table"]["sparse autoencoder"]["explained"] > found["table"]["random directions"]["explained"]
+    short = CliRunner().invoke(
+        run_app, ["sae-evaluation", *given, "--store", str(tmp_path / "kept"), "--tokens", "2000"]
+    )
+    assert isinstance(short.exception, DataError)  # the folder holds the states of other rows

@@ -52,6 +52,11 @@ def test_many_clusters_are_not_mapped_to_one_class():
     assert clustering_accuracy(np.zeros(4, int), np.arange(4)) == 0.25
 
 
+def test_labels_may_be_a_column_of_text_objects():
+    true, pred = np.array(["a", "b", "b"], dtype=object), np.array(["x", "y", "y"], dtype=object)
+    assert match_labels(pred, true).permutation == {"x": "a", "y": "b"}
+
+
 def test_unequal_lengths_are_refused():
     with pytest.raises(InputError, match=r"\(3,\) and \(2,\)"):
         match_labels(np.zeros(3), np.zeros(2))
