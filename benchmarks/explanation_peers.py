@@ -1,7 +1,7 @@
 """Explanations beside captum, and beside the scores that quantus and dice-ml define: where definitions coincide, so do numbers.
 
-captum is run. quantus and dice-ml are not: their definitions are written down here, one input and one step at a time as they
-work, from their documentation:
+captum is run. quantus and dice-ml are not: their definitions as we understand them are written down here, one input and one step
+at a time as they work, and have not been checked against the packages:
 
 quantus     PixelFlipping: p after the i most relevant features went black, i = 1 .. n; area by trapezoids of width 1. With
             p(x) put before it and divided by n that is `deletion` with a step for each feature.

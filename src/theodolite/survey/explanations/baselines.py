@@ -143,8 +143,8 @@ def bee(subject: Subject, budget: Budget) -> Finding:
     by_drop, by_insertion = scores.winner("adp"), scores.winner("insertion")
     same = by_drop == by_insertion
     wins = (
-        f"{by_drop} baselines win by average drop and by insertion" if same
-        else f"{by_drop} baselines win by average drop, {by_insertion} ones by insertion"
+        f"{by_drop.capitalize()} baselines win by average drop and by insertion" if same
+        else f"{by_drop.capitalize()} baselines win by average drop, {by_insertion} ones by insertion"
     )  # fmt: skip
     return Finding(
         slug="bee",
