@@ -17,7 +17,7 @@ setup: .venv/.base
 .venv/.dev: .venv/.base
 	$(PIP) -e '.[dev]'
 	# peers in tests and benchmarks: what else they name (torchvision, old numpy) is not used
-	$(PIP) --no-deps zennit==0.5.1 data-selection==1.0.3 particles==0.4
+	$(PIP) --no-deps zennit==0.5.1 data-selection==1.0.3 particles==0.4 sktime==1.2.0 scikit-base==1.1.1
 	touch $@
 
 survey: .venv/.base

@@ -50,6 +50,27 @@ def test_a_score_is_the_sum_over_the_continuations_tokens(folder, local, memory)
     assert found[0] == pytest.approx(found[3], abs=1e-6)
 
 
+@pytest.mark.parametrize("memory", [None, 1])
+def test_a_table_of_scores_has_the_rows_that_each_prompt_has_alone(local, memory):
+    local._memory = memory
+    prompts = ["the cat sat on", "the cat", "the cat sat on the mat and then", "dog", "the cat sat on"]
+    for texts in (["cat", "dog", "tree"], ["cat", "dog sat on the mat", "dog sat"]):
+        for wanted in (prompts, prompts[:3], prompts[:1]):
+            found = local.score_table(wanted, texts)
+            expected = [[by_hand(local, prompt, text) for text in texts] for prompt in wanted]
+            assert found == pytest.approx(np.array(expected), abs=1e-5)
+
+
+def test_a_table_asks_for_new_rows_only(folder, tmp_path):
+    model = connect(model=folder, cache=tmp_path / "answers.sqlite")
+    first = model.score_table(["the cat", "the dog"], ["sat", "mat"])
+    assert model.usage.calls == 2
+    again = model.score_table(["the dog", "the mat", "the cat"], ["sat", "mat"])
+    assert (model.usage.calls, model.usage.cached) == (3, 2)
+    assert again[[2, 0]] == pytest.approx(first, abs=0)
+    assert model.score("the mat", ["sat", "mat"]) == pytest.approx(again[1], abs=0)
+
+
 def test_tokens_of_a_text_have_their_probabilities_and_places(local):
     tokens = local.token_logprobs("the cat sat on the mat")
     assert tokens[0].logprob is None

@@ -5,6 +5,7 @@ __all__ = ["LocalModel"]
 import copy
 import inspect
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -103,36 +104,51 @@ class LocalModel(LanguageModel):
             tokens = [token for token in tokens if token.start < len(text)]
         return Completion(text, tuple(tokens) if request["logprobs"] else None, finish, prompt, len(row))
 
-    @torch.no_grad()
     def _score(self, prompt: str, continuations: Sequence[str]) -> list[float]:
-        start = self._ids(prompt, special=True)
-        if not start:
-            raise InputError(f"the prompt has no tokens for {self.name}; give at least one word")
-        rows = [self._ids(text, special=False) for text in continuations]
-        out = self.model(torch.tensor([start]), use_cache=True)
-        last, past = out.logits[:, -1].float().log_softmax(-1), _cache_of(out)
-        width = max(map(len, rows))
-        cost = 4.0 * width * 4 * out.logits.shape[-1] + 8.0 * len(start) * self.model.config.hidden_size
-        found: list[float] = []
+        return self._score_table([prompt], continuations)[0]
+
+    @torch.no_grad()
+    def _score_table(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[list[float]]:
+        """One forward pass for what all prompts begin with, one row for each prompt with all of a continuation but its last
+        token; continuations of one token share the row of their prompt.
+        """
+        starts = [self._ids(prompt, special=True) for prompt in prompts]
+        if not all(starts):
+            raise InputError(f"a prompt has no tokens for {self.name}; give at least one word")
+        ends = [self._ids(text, special=False) for text in continuations]
+        columns = zip(*(start[:-1] for start in starts), strict=False)
+        shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+        past = None
+        if shared:
+            past = _cache_of(self.model(torch.tensor([starts[0][:shared]]), use_cache=True))
+        readings: dict[tuple[int, ...], list[int]] = {}
+        for j, end in enumerate(ends):
+            readings.setdefault(tuple(end[:-1]), []).append(j)
+        rows = [(i, middle) for i in range(len(starts)) for middle in readings]
+        rows.sort(key=lambda row: len(starts[row[0]]) + len(row[1]))  # rows of one length together: little is padded
+        found = [[0.0] * len(ends) for _ in starts]
+        width = max(len(start) - shared for start in starts) + max(map(len, readings))
+        cost = 4.0 * width * self.model.config.vocab_size + 8.0 * (shared + width) * self.model.config.hidden_size
         for part in chunks(len(rows), cost, self._memory):
-            found += self._scored(rows[part], start, last, past).tolist()
+            ids = [[*starts[i][shared:], *middle] for i, middle in rows[part]]
+            for (i, middle), row, told in zip(rows[part], ids, self._after(ids, shared, past), strict=True):
+                # what follows the prompt, and what follows each token of the middle
+                asked = told[len(row) - len(middle) - 1 : len(row)].float().log_softmax(-1)
+                for j in readings[middle]:
+                    found[i][j] = sum(float(asked[at, token]) for at, token in enumerate(ends[j]))
         return found
 
-    def _scored(self, rows: list[list[int]], start: list[int], last: Tensor, past: Any) -> Tensor:
-        """Sum of the tokens' log-probabilities; the prompt was run once, its keys and values serve all rows."""
+    def _after(self, rows: list[list[int]], shared: int, past: Any) -> Tensor:
+        """Logits of every next token, (rows, longest row, vocabulary); the keys and values of ``past`` serve all rows."""
         width = max(map(len, rows))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-        there = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-        first = last.expand(len(rows), -1).gather(1, ids[:, :1])
-        if width == 1:
-            return first.sum(dim=1).double()
-        kept = copy.deepcopy(past)
-        kept.batch_repeat_interleave(len(rows))
-        mask = torch.cat([torch.ones(len(rows), len(start), dtype=torch.long), there], dim=1)
-        out = self.model(ids, attention_mask=mask, use_cache=True, **_with_cache(self.model, kept))
-        logits = out.logits[:, :-1].float()
-        later = -nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        return (torch.cat([first, later.view(len(rows), -1)], dim=1) * there).double().sum(dim=1)
+        there = torch.tensor([[1] * (shared + len(row)) + [0] * (width - len(row)) for row in rows])
+        more = {}
+        if past is not None:
+            kept = copy.deepcopy(past)
+            kept.batch_repeat_interleave(len(rows))
+            more = _with_cache(self.model, kept)
+        return self.model(ids, attention_mask=there, use_cache=past is not None, **more).logits
 
     @torch.no_grad()
     def _tokens(self, text: str) -> list[Token]:

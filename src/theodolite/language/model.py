@@ -3,6 +3,7 @@
     chat(messages)                  an answer to a conversation
     generate(prompt, n)             n continuations of a text
     score(prompt, continuations)    log p(continuation | prompt), the sum over the continuation's tokens
+    score_table(prompts, ...)       the same for many prompts; what they all begin with is run once
     token_logprobs(text)            log p of each token of a text given those before it, with its place
 
 `theodolite.language.connect` gives one: an endpoint that speaks the OpenAI protocol, or a local Hugging Face model. Answers
@@ -162,6 +163,11 @@ class LanguageModel(ABC):
     def _score(self, prompt: str, continuations: Sequence[str]) -> list[float]:
         """Log-probabilities, without the cache."""
 
+    def _score_table(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[list[float]]:
+        """Log-probabilities of many prompts, without the cache; an endpoint is asked for several at a time."""
+        with ThreadPoolExecutor(self._concurrency) as pool:
+            return list(pool.map(lambda prompt: self._score(prompt, continuations), prompts))
+
     @abstractmethod
     def _tokens(self, text: str) -> list[Token]:
         """Tokens of a text with log-probabilities, without the cache."""
@@ -221,17 +227,38 @@ class LanguageModel(ABC):
         }
         return self._remembered("generate", request, lambda: self._generate(request))
 
+    def generate_many(self, prompts: Sequence[str], n: int = 1, **options: Any) -> list[list[Completion]]:
+        """`generate` for several prompts, as many at a time as the model was connected for, in their order."""
+        with ThreadPoolExecutor(self._concurrency) as pool:
+            return list(pool.map(lambda prompt: self.generate(prompt, n, **options), prompts))
+
     def score(self, prompt: str, continuations: Sequence[str]) -> np.ndarray:
         """log p(continuation | prompt) for each, (n,) float64: the sum over all tokens of the continuation.
 
         The prompt and each continuation are made into tokens on their own, so that a continuation has the same tokens after
         every prompt; give the space between them to the continuation. Raises ScoringUnavailable where the model cannot tell.
         """
-        if not continuations or not all(continuations):
+        return self.score_table([prompt], continuations)[0]
+
+    def score_table(self, prompts: Sequence[str], continuations: Sequence[str]) -> np.ndarray:
+        """log p(continuation | prompt), (prompts, continuations) float64: each row is what `score` gives.
+
+        A local model runs what all prompts begin with once, and the prompts in batches; an endpoint is asked for several at
+        a time. Answers are kept by prompt, so that a table that is made again or grows asks for the new rows only.
+        """
+        if isinstance(continuations, str) or not continuations or not all(continuations):
             raise InputError("need at least one continuation, and none of them empty")
-        request = {"prompt": prompt, "continuations": list(continuations)}
-        found = self._remembered("score", request, lambda: self._score(prompt, list(continuations)), plain=True)
-        return np.array(found, dtype=np.float64)
+        if isinstance(prompts, str) or not prompts:
+            raise InputError("need at least one prompt, in a list")
+        wanted = list(continuations)
+        keys = [self._key("score", {"prompt": prompt, "continuations": wanted}) for prompt in prompts]
+        found = {key: self._kept(key) for key in keys}
+        missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if found[key] is None}
+        if missing:
+            for key, row in zip(missing, self._score_table(list(missing.values()), wanted), strict=True):
+                self._keep(key, row)
+                found[key] = row
+        return np.array([found[key] for key in keys], dtype=np.float64)
 
     def token_logprobs(self, text: str) -> tuple[Token, ...]:
         """The tokens of ``text`` with log p of each given those before it (None for the first)."""
@@ -244,21 +271,32 @@ class LanguageModel(ABC):
             )
         )
 
-    def _remembered(self, kind: str, request: dict[str, Any], ask: Any, *, plain: bool = False) -> Any:
-        key = AnswerCache.key({"kind": kind, "model": self._identity(), "request": request})
+    def _key(self, kind: str, request: dict[str, Any]) -> str:
+        return AnswerCache.key({"kind": kind, "model": self._identity(), "request": request})
+
+    def _kept(self, key: str) -> Any | None:
         kept = self._cache.get(key) if self._cache is not None else None
         if kept is not None:
             self._count(cached=1)
+        return kept
+
+    def _keep(self, key: str, answer: Any) -> None:
+        self._count(calls=1)
+        if self._cache is not None:
+            self._cache.put(key, answer)
+
+    def _remembered(self, kind: str, request: dict[str, Any], ask: Any, *, plain: bool = False) -> Any:
+        key = self._key(kind, request)
+        kept = self._kept(key)
+        if kept is not None:
             return kept if plain else [_completion(row) for row in kept]
         made = ask()
-        self._count(calls=1)
+        self._keep(key, made if plain else [asdict(one) for one in made])
         if not plain:
             self._count(
                 prompt_tokens=sum(one.prompt_tokens for one in made),
                 completion_tokens=sum(one.completion_tokens for one in made),
             )
-        if self._cache is not None:
-            self._cache.put(key, made if plain else [asdict(one) for one in made])
         return made
 
     def _count(self, **more: int) -> None:

@@ -1,0 +1,1 @@
+"""Charts of the hyperparameter space, a file for each question."""
