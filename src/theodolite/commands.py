@@ -84,6 +84,13 @@ class SubjectFlags:
     ] = None
     max_rows: Annotated[int, typer.Option(help="rows kept of larger data, drawn uniformly")] = 50_000
     image_size: Annotated[int | None, typer.Option(help="side in pixels that images are scaled to")] = None
+    series: Annotated[
+        bool,
+        typer.Option(
+            "--series", help="a table's rows are times in order: forecast --target; an array's rows are series"
+        ),
+    ] = False
+    window: Annotated[int | None, typer.Option(help="steps of the windows that --series cuts a table into (96)")] = None
     epochs: Annotated[int | None, typer.Option(help="epochs of one training of a factory's network")] = None
     seed: Seed = 0
 

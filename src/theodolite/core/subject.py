@@ -30,18 +30,20 @@ class Rows:
     """Inputs ``x`` (n, ...) float and targets ``y`` (n,): class indices (long) or values (float).
 
     For a language model x are token ids (n, length), long and without padding, and y is the number of the text that each
-    row comes from: rows of one text belong together.
+    row comes from: rows of one text belong together. Of a series, groups (n,) tells which rows are neighbours in time:
+    an interval is then over groups, not over rows.
     """
 
     x: Tensor
     y: Tensor
+    groups: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
     def head(self, n: int) -> "Rows":
         """The first ``n`` rows (rows are in random order already)."""
-        return Rows(self.x[:n], self.y[:n])
+        return Rows(self.x[:n], self.y[:n], None if self.groups is None else self.groups[:n])
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,9 @@ class Dataset:
     """Rows in three disjoint parts: one to fit on, one to select on, one to report on.
 
     x of every part is what the model takes: (n, features) for a table, (n, channels, height, width) for images,
-    (n, dimensions) for texts that were embedded. features names the columns of a table's x. classes[i] is the name of
-    class i, () for a regression. notes tell what the loader found and did, for people to read.
+    (n, dimensions) for texts that were embedded, (n, steps, channels) for series: y is then the class of each, or the
+    value of the first channel that comes next. features names the columns of a table's x or a series' channels.
+    classes[i] is the name of class i, () for a regression. notes tell what the loader found and did, for people to read.
     """
 
     name: str
@@ -96,8 +99,10 @@ class Dataset:
                 raise DataError(f"{self.name}: labels must be class indices 0..{len(self.classes) - 1}")
             if len(torch.unique(self.train.y)) < 2:
                 raise DataError(f"{self.name}: all training rows are of one class, so there is nothing to learn")
-        if self.features and len(self.features) != self.train.x.shape[1]:
-            raise DataError(f"{self.name}: {len(self.features)} feature names for {self.train.x.shape[1]} columns")
+        if self.modality == "series" and self.train.x.ndim != 3:
+            raise DataError(f"{self.name}: series are (n, steps, channels), got {tuple(self.train.x.shape)}")
+        if self.features and len(self.features) != (width := self.train.x.shape[2 if self.modality == "series" else 1]):
+            raise DataError(f"{self.name}: {len(self.features)} feature names for {width} columns")
 
     @property
     def parts(self) -> dict[str, Rows]:
@@ -109,9 +114,18 @@ class Dataset:
         """Shape of one input."""
         return tuple(self.train.x.shape[1:])
 
+    @property
+    def forecasts(self) -> bool:
+        """Whether the target of a window is the next value of its first channel."""
+        return self.modality == "series" and self.task == "regression" and self.train.groups is not None
+
     @cached_property
     def chance(self) -> float:
-        """Test accuracy of always answering the commonest training class (or token); 0 for a regression (R2 of the mean)."""
+        """Test accuracy of always answering the commonest training class (or token); of a forecast the R2 of answering with
+        the last value; 0 for another regression (R2 of the mean).
+        """
+        if self.forecasts:
+            return float(r2_score(self.test.y.numpy(), self.test.x[:, -1, 0].numpy()))
         if self.task == "regression":
             return 0.0
         if self.task == "language":
@@ -272,7 +286,10 @@ class Subject:
         if self.is_language_model:
             return bootstrap(self.correct(model, rows), groups=rows.y.numpy(), unit=self.metric)
         pairs = np.stack([rows.y.numpy(), ModelView(model, output="value")(rows.x)[:, 0].numpy()], axis=1)
-        return bootstrap(pairs, lambda p: float(r2_score(p[:, 0], p[:, 1])) if len(p) > 1 else 0.0, unit="R2")
+        return bootstrap(
+            pairs, lambda p: float(r2_score(p[:, 0], p[:, 1])) if len(p) > 1 else 0.0, unit="R2",
+            groups=None if rows.groups is None else rows.groups.numpy(),
+        )  # fmt: skip
 
     @cached_property
     def _qualities(self) -> dict[str, Estimate]:

@@ -1,6 +1,15 @@
 """Networks that are trained here: a sensible one for each kind of data, and the recipe for any other."""
 
-__all__ = ["Automatic", "ImageNetwork", "Made", "TableNetwork", "default_recipe", "seeded", "train_made"]
+__all__ = [
+    "Automatic",
+    "ImageNetwork",
+    "Made",
+    "SeriesNetwork",
+    "TableNetwork",
+    "default_recipe",
+    "seeded",
+    "train_made",
+]
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -109,6 +118,61 @@ class ImageNetwork:
         return nn.Sequential(layers)
 
 
+@dataclass(frozen=True)
+class SeriesNetwork:
+    """Makes a small network for series (n, steps, channels): convolutions along time, halved until 12 steps or less are left.
+
+    forecasts: the network answers the last value of the first channel and what it adds to it; target is then the mean and
+    deviation of what is added.
+    """
+
+    shape: tuple[int, int]
+    outputs: int
+    target: tuple[float, float] | None = None
+    forecasts: bool = False
+
+    def __call__(self, seed: int) -> nn.Module:
+        """An untrained network."""
+        steps, channels = self.shape
+        layers = OrderedDict[str, nn.Module](time_last=TimeLast())
+        with seeded(seed):
+            for i in range(1, 20):
+                layers[f"conv{i}"] = nn.Conv1d(channels, 32, 5, padding=2)
+                layers[f"relu{i}"] = nn.ReLU()
+                channels = 32
+                if steps > 12:
+                    layers[f"pool{i}"] = nn.MaxPool1d(2)
+                    steps //= 2
+                if steps <= 12:
+                    break
+            layers["flatten"] = nn.Flatten()
+            layers.update(_head(channels * steps, (64,), self.outputs, self.target))
+        network = nn.Sequential(layers)
+        return FromLast(network) if self.forecasts else network
+
+
+class FromLast(nn.Module):
+    """The last value of the first channel plus what ``change`` answers to the window less its last values: so the level of
+    a series, which drifts, does not matter.
+    """
+
+    def __init__(self, change: nn.Module) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Values (n, 1) of series (n, steps, channels)."""
+        return x[:, -1, :1] + self.change(x - x[:, -1:])
+
+
+class TimeLast(nn.Module):
+    """(n, steps, channels) as (n, channels, steps), which convolutions along time take."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same numbers with time as the last axis."""
+        return x.transpose(1, 2)
+
+
 class Automatic:
     """The network that is trained where the user names no model."""
 
@@ -123,6 +187,13 @@ class Automatic:
         if data.modality == "image":
             channels, height, width = data.shape
             build, what = ImageNetwork((channels, height, width), outputs, target), "a small convolutional network"
+        elif data.modality == "series":
+            steps, channels = data.shape
+            if data.forecasts:
+                change = data.train.y - data.train.x[:, -1, 0]
+                target = (float(change.mean()), float(change.std()))
+            build = SeriesNetwork((steps, channels), outputs, target, forecasts=data.forecasts)
+            what = "a small network of convolutions along time"
         elif data.modality == "text":
             build, what = TableNetwork(data.shape[0], (64,), outputs, target), "a network of one hidden layer of 64"
         else:
@@ -148,16 +219,20 @@ def train_made(build: Callable[[int], nn.Module], data: Dataset, recipe: Recipe,
     """Train ``build(seed)`` on the training rows by ``recipe``."""
     model = build(seed)
     train(model, data.train.x, data.train.y, recipe=recipe.with_seed(seed))
-    told = f"{what}, trained here for {recipe.epochs} epochs on {len(data.train):,} rows"
+    told = (
+        f"{what}, trained here for {recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''} on {len(data.train):,} rows"
+    )
     return Made(model, told, build, recipe)
 
 
 def default_recipe(model: nn.Module, data: Dataset, epochs: int | None) -> Recipe:
-    """Adam for about 3,000 steps (images: 1,500; texts: 600), with the loss that fits the outputs of ``model``.
+    """Adam for about 3,000 steps (images: 1,500; texts and series: 600), with the loss that fits the outputs of ``model``.
 
     Raises ModelError where the model cannot take the rows or its outputs do not fit the labels.
     """
-    steps, low, high = {"image": (1_500, 3, 30), "text": (600, 5, 30)}.get(data.modality, (3_000, 10, 300))
+    steps, low, high = {"image": (1_500, 3, 30), "series": (600, 3, 30), "text": (600, 5, 30)}.get(
+        data.modality, (3_000, 10, 300)
+    )
     batch = 64 if len(data.train) <= 10_000 else 128
     per_epoch = -(-len(data.train) // batch)
     recipe = Recipe(epochs=epochs or min(high, max(low, steps // per_epoch)), batch_size=batch, lr=2e-3)

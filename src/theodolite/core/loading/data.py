@@ -2,6 +2,7 @@
 
 __all__ = ["Loaded", "load_data"]
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from theodolite.core.loading.columns import Encoding, Table, find_columns, fit_e
 from theodolite.core.loading.images import check_size, decode_images, find_images, resize
 from theodolite.core.loading.labels import Labels, check_given_test, find_target, numbers, read_labels, split
 from theodolite.core.loading.options import DataOptions, Wanted
+from theodolite.core.loading.series import table_series
 from theodolite.core.loading.tables import Source, read_table, sample_rows
 from theodolite.core.loading.texts import TermWeights, find_text
 from theodolite.core.subject import Dataset, Modality, Rows
@@ -38,6 +40,8 @@ def load_data(path: str, options: DataOptions, wanted: Wanted) -> Loaded:
     """Read, check, split and encode the data at ``path``; DataError where they cannot be used or are ambiguous."""
     file = _existing(path)
     test = _existing(options.test, "--test") if options.test is not None else None
+    if options.series and (file.is_dir() or wanted.embedding is not None or wanted.columns):
+        raise InputError("--series takes a table or an .npz file, and a model that takes (n, steps, channels)")
     if file.is_dir():
         if any((file / name).is_file() for name in ("state.json", "dataset_dict.json")):
             from theodolite.core.loading.saved import read_saved
@@ -56,6 +60,9 @@ def load_data(path: str, options: DataOptions, wanted: Wanted) -> Loaded:
             f"{file}: the ending {file.suffix!r} is of no known form; expected .csv, .tsv, .parquet, .npz, .jsonl, a folder "
             "of images by class or a saved datasets folder"
         )
+    if options.series:
+        every = replace(options, max_rows=sys.maxsize)  # a series has no row to spare
+        return Loaded(table_series(file.name, read_table(file, every), options, wanted))
     sources = [read_table(part, options) for part in (file, test) if part is not None]
     if test is not None and set(sources[0].frame.columns) != set(sources[1].frame.columns):
         strange = sorted(map(str, set(sources[0].frame.columns) ^ set(sources[1].frame.columns)))
@@ -263,7 +270,37 @@ def _image_folder(folder: Path, test: Path | None, options: DataOptions, wanted:
     return _array_data(folder.name, Arrays(pixels[whole], labels, given[kept][whole], notes), options, wanted)
 
 
+def _series_data(name: str, arrays: Arrays, options: DataOptions, wanted: Wanted) -> Loaded:
+    """Series (n, steps) or (n, steps, channels), one a row, with a class or a value each."""
+    x = arrays.x[..., None] if arrays.x.ndim == 2 else arrays.x
+    if x.ndim != 3 or 0 in x.shape[1:] or x.dtype.kind not in "fiub":
+        raise DataError(f"{name}: x has shape {x.shape}; series are numbers (n, steps) or (n, steps, channels)")
+    if options.window is not None:
+        raise InputError(f"{name} holds one series a row, {x.shape[1]} steps each; --window is for a table")
+    _check_count(name, len(x))
+    gaps: Any = ~np.isfinite(x).all(axis=(1, 2))
+    target = pd.Series(_strings(arrays.y), name="label")
+    stay, settled = _settle({"series": gaps}, _no_value(target), options, fills=False)
+    _check_count(name, int(stay.sum()))
+    check_size(x[stay].size)
+    values = x[stay].astype(np.float32)
+    labels = read_labels(target[stay], options, wanted)
+    parts = _split(name, labels, arrays.test[stay], options, wanted)
+    standardise = options.scale == "standard" or (options.scale is None and not wanted.trained)
+    if standardise:
+        seen = values[parts["train"]].astype(np.float64)
+        deviation = seen.std(axis=(0, 1))
+        values = ((values - seen.mean(axis=(0, 1))) / np.where(deviation > 0, deviation, 1)).astype(np.float32)
+    notes = (
+        *arrays.notes, *settled,
+        *(("channels standardised with the mean and deviation of the training rows",) if standardise else ()),
+    )  # fmt: skip
+    return Loaded(_dataset(name, "series", labels, parts, lambda rows: values[rows], (), (), notes, arrays.test[stay]))
+
+
 def _array_data(name: str, arrays: Arrays, options: DataOptions, wanted: Wanted) -> Loaded:
+    if options.series:
+        return _series_data(name, arrays, options, wanted)
     x = arrays.x
     if x.dtype.kind in "US" or x.ndim <= 2:
         columns = x[:, None] if x.ndim == 1 else x

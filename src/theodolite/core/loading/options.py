@@ -20,7 +20,8 @@ class DataOptions:
     missing: "error", "drop" (leave out rows with a missing value) or "median" (fill in the median, or the commonest
     level, of the training rows). scale: "none" or "standard"; not given, columns are standardised for a network that is
     trained here and left alone for a model that comes trained. text: name of the text column. header: whether the first
-    line of a CSV holds names. max_rows: rows kept of larger data, drawn uniformly. image_size: side in pixels.
+    line of a CSV holds names. max_rows: rows kept of larger data, drawn uniformly. image_size: side in pixels. series: the
+    rows of a table are times in their order, the rows of an array are series. window: steps of a table's windows (96).
     """
 
     target: str | None = None
@@ -32,6 +33,8 @@ class DataOptions:
     header: bool | None = None
     max_rows: int = 50_000
     image_size: int | None = None
+    series: bool = False
+    window: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,6 +50,10 @@ class DataOptions:
             raise InputError(f"--max-rows must be at least 10, got {self.max_rows}")
         if self.image_size is not None and not 4 <= self.image_size <= 2048:
             raise InputError(f"--image-size must lie between 4 and 2048 pixels, got {self.image_size}")
+        if self.window is not None and (not self.series or self.window < 2):
+            raise InputError(
+                f"--window is the length of a series' windows, at least 2, with --series; got {self.window}"
+            )
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed must lie between 0 and 2**32 - 1, got {self.seed}")
 

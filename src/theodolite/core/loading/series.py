@@ -1,0 +1,118 @@
+"""A table in time order as a series: cut into windows, each with the value that comes next."""
+
+__all__ = ["table_series"]
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from pandas.api import types
+
+from theodolite.core.errors import DataError, InputError
+from theodolite.core.loading.columns import Table, find_columns, fit_encoding
+from theodolite.core.loading.images import check_size
+from theodolite.core.loading.labels import find_target
+from theodolite.core.loading.options import DataOptions, Wanted
+from theodolite.core.loading.tables import Source
+from theodolite.core.splits import time_blocks
+from theodolite.core.subject import Dataset, Rows
+
+_WINDOW = 96
+_FEWEST = 10  # windows of a part
+
+
+def table_series(name: str, source: Source, options: DataOptions, wanted: Wanted) -> Dataset:
+    """Windows of a table in time order: x (n, window, channels), y the target column's next value.
+
+    The target is the first channel. The first 60 % of the times train, the next 20 % select, the last 20 % report; no window
+    reaches over such a border. Raises DataError for a target that is no number, times out of order, or too few rows.
+    """
+    if options.test is not None:
+        raise InputError("--test cannot be given with --series: the last fifth of the times are the test rows")
+    if options.task == "classification":
+        raise InputError(
+            "--series with a table forecasts a number; for series with classes give an .npz file of x and y"
+        )
+    frame: Any = source.frame.set_axis([str(column) for column in source.frame.columns], axis=1)
+    if not frame.columns.is_unique:
+        raise DataError(f"{name} has several columns of one name; rename them")
+    target = find_target(list(frame.columns), options)
+    timed = _in_order(name, frame)
+    table = find_columns(frame[[target, *(c for c in frame.columns if c not in (target, timed))]])
+    if not table.columns or table.columns[0].name != target or table.columns[0].kind != "numeric":
+        raise DataError(f"{name}: a forecast needs numbers in the column {target!r}")
+    filled = _filled(name, table, options)
+    window, total = options.window or _WINDOW, len(table.values)
+    borders = _borders(name, total, window)
+    standardise = options.scale == "standard" or (options.scale is None and not wanted.trained)
+    encoding = fit_encoding(table, np.arange(borders["train"][1]), standardise=standardise)
+    values = torch.from_numpy(encoding.encode(table.values))
+    windows = total - len(borders) * window
+    every = max(1, -(-windows // options.max_rows))
+    check_size(windows // every * window * values.shape[1])
+    parts = {part: _windows(values[a:b], window, every, options.seed) for part, (a, b) in borders.items()}
+    notes = (
+        *source.notes, *((f"times are in column {timed!r}",) if timed else ()), *table.notes, *filled,
+        f"windows of {window} steps; the target is the next value of {target!r}",
+        *((f"a window starts at every {every}th time, so that at most {options.max_rows:,} are kept",) if every > 1 else ()),
+        *(("channels standardised with the mean and deviation of the training times",) if standardise else ()),
+        "split by time: the first 60 % train, the next 20 % select, the last 20 % report",
+    )  # fmt: skip
+    data = Dataset(
+        name, "series", "regression", parts["train"], parts["validation"], parts["test"], encoding.features, (),
+        table.columns, notes,
+    )  # fmt: skip
+    return replace(
+        data, notes=(*notes, f"answering with the last value has an R2 of {data.chance:.3f} on the test times")
+    )
+
+
+def _in_order(name: str, frame: pd.DataFrame) -> str | None:
+    """The column that holds the times, None where there is none (the rows are in order then); DataError where it goes back."""
+    for column in frame.columns:
+        times = frame[column]
+        if types.is_string_dtype(times.dtype) or types.is_object_dtype(times.dtype):
+            times = pd.to_datetime(times, errors="coerce", format="mixed")
+        if types.is_datetime64_any_dtype(times.dtype) and bool(times.notna().all()):
+            if not times.is_monotonic_increasing:
+                row = int((times.diff() < pd.Timedelta(0)).to_numpy().argmax())
+                raise DataError(f"{name}: the times in {column!r} go back at row {row + 1}; sort the rows by time")
+            return column
+    return None
+
+
+def _filled(name: str, table: Table, options: DataOptions) -> tuple[str, ...]:
+    gone = {column.name: column.missing for column in table.columns if column.missing}
+    if not gone:
+        return ()
+    shown = ", ".join(f"{column!r} in {count:,}" for column, count in list(gone.items())[:6])
+    if options.missing != "median":
+        raise DataError(
+            f"{name}: missing, of {len(table.values):,} times: {shown}; no time of a series can be left out, "
+            "--missing median fills in the training times' median"
+        )
+    return (f"missing values filled in with the training times' median ({shown})",)
+
+
+def _borders(name: str, total: int, window: int) -> dict[str, tuple[int, int]]:
+    cuts = [0, round(total * 0.6), round(total * 0.8), total]
+    if min(b - a for a, b in pairwise(cuts)) < window + _FEWEST:
+        raise DataError(
+            f"{name} has {total:,} times; each of its three parts (60, 20 and 20 % of them) needs {window} for a window "
+            f"and {_FEWEST} more: give more rows or a smaller --window"
+        )
+    return dict(zip(("train", "validation", "test"), pairwise(cuts), strict=True))
+
+
+def _windows(values: torch.Tensor, window: int, every: int, seed: int) -> Rows:
+    """Windows (n, window, channels) in random order with the first channel's next value; a window's length of neighbours
+    is one group.
+    """
+    x = values.unfold(0, window, 1)[:-1].transpose(1, 2)
+    y, groups = values[window:, 0], torch.from_numpy(time_blocks(len(x), window))
+    order = torch.arange(0, len(x), every)
+    order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))]
+    return Rows(x[order].contiguous(), y[order].contiguous(), groups[order])
