@@ -260,6 +260,10 @@ def record(model: nn.Module, example: Tensor | None = None, *, leaves: bool = Fa
         raise ModelError(
             f"the forward of {type(model).__name__} cannot be followed step by step: {error}{hint}"
         ) from error
+    except RecursionError as error:  # what is run on the way makes further operations without end
+        raise ModelError(
+            f"the forward of {type(model).__name__} computes with its weights in a way that is not followed"
+        ) from error
     *nodes, last = followed.nodes
     output = last.args[0]
     if not isinstance(output, fx.Node):

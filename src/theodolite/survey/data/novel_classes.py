@@ -124,7 +124,8 @@ def novel_class_discovery(subject: Subject, budget: Budget) -> Finding:
     verdict = "more than" if comparison.beats(comparison.controls[0]) else "not told apart from"
     if theirs.low > ours.high:
         verdict = "fewer than"
-    names = subject.data.features or tuple(f"column {i}" for i in range(rows.x.shape[1]))
+    one_column_each = len(subject.data.features) == rows.x.shape[1]  # of a series, features names the channels
+    names = subject.data.features if one_column_each else tuple(f"column {i}" for i in range(rows.x.shape[1]))
     cards = describe_clusters(
         rows.x[rows.new], made.labels_, names, known=(rows.x[~rows.new], rows.y[~rows.new]), seed=budget.seed
     )
