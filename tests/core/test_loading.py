@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_iris
 
@@ -83,6 +84,17 @@ def test_decoding_gives_back_the_columns_as_they_were():
         assert np.allclose(back["size"], frame["size"], atol=1e-5)
         assert (back["colour"] == frame["colour"]).all()
         assert (back["new"] == frame["new"]).all()
+
+
+def test_what_was_scaled_can_be_told_in_the_units_of_the_file(tmp_path):
+    frame = mixed()
+    frame.to_csv(tmp_path / "data.csv", index=False)
+    raw = load(tmp_path / "data.csv", scale="none")
+    assert raw.scaling == ()
+    data = load(tmp_path / "data.csv")
+    shift, scale = (torch.tensor(values) for values in zip(*data.scaling, strict=True))
+    for part, rows in data.parts.items():
+        assert (shift + scale * rows.x).numpy() == pytest.approx(raw.parts[part].x.numpy(), abs=1e-5)
 
 
 def test_standardising_uses_the_training_rows_alone(tmp_path):

@@ -87,6 +87,16 @@ def test_rules_are_the_tree():
         assert min(rule.support for rule in rules) >= 3
 
 
+def test_a_rule_in_other_units_holds_for_the_same_rows():
+    explainer, x, _ = fitted()
+    scaling = [(10.0 * j - 3, 0.5 + j) for j in range(x.shape[1])]
+    other = np.stack([shift + scale * x[:, j] for j, (shift, scale) in enumerate(scaling)], axis=1)
+    for rule in explainer.rules():
+        told = rule.rescaled(scaling)
+        assert (told.holds(other) == rule.holds(x)).mean() > 0.999  # single precision at the border
+        assert (told.support, told.purity, told.class_) == (rule.support, rule.purity, rule.class_)
+
+
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 1000), classes=st.integers(2, 4))
 def test_a_counterfactual_is_the_nearest_leaf(seed, classes):

@@ -108,12 +108,14 @@ def builtin(name: str, *, seed: int = 0, made: BuiltIn | None = None) -> Subject
     x, y, features, classes = made.rows()
     rest, test = train_test_split(np.arange(len(y)), test_size=0.2, stratify=y, random_state=seed)
     fit, validation = train_test_split(rest, test_size=0.25, stratify=y[rest], random_state=seed)
+    scaling: tuple[tuple[float, float], ...] = ()
     if made.standardise:
-        x = (x - x[fit].mean(dim=0)) / x[fit].std(dim=0)
+        shift, scale = x[fit].mean(dim=0), x[fit].std(dim=0)
+        x, scaling = (x - shift) / scale, tuple(zip(shift.tolist(), scale.tolist(), strict=True))
     train_rows, validation_rows, test_rows = (Rows(x[part], y[part]) for part in (fit, validation, test))
     data = Dataset(
         name, made.modality, "classification", train_rows, validation_rows, test_rows, features, classes,
-        notes=(made.note, "split at random by class: 60 % train, 20 % validation, 20 % test"),
+        notes=(made.note, "split at random by class: 60 % train, 20 % validation, 20 % test"), scaling=scaling,
     )  # fmt: skip
     model = made.build(seed)
     train(model, data.train.x, data.train.y, recipe=made.recipe.with_seed(seed))

@@ -64,6 +64,8 @@ class Dataset:
     (n, dimensions) for texts that were embedded, (n, steps, channels) for series: y is then the class of each, or the
     value of the first channel that comes next. features names the columns of a table's x or a series' channels.
     classes[i] is the name of class i, () for a regression. notes tell what the loader found and did, for people to read.
+    scaling: (shift, scale) of each of a table's features, whose value in the file is shift + scale * x; () where x is in
+    the file's units.
     """
 
     name: str
@@ -76,8 +78,11 @@ class Dataset:
     classes: tuple[str, ...] = ()
     columns: tuple[Column, ...] = ()
     notes: tuple[str, ...] = ()
+    scaling: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.scaling and len(self.scaling) != len(self.features):
+            raise DataError(f"{self.name}: {len(self.scaling)} scales for {len(self.features)} features")
         for part, rows in self.parts.items():
             if len(rows) == 0:
                 raise DataError(f"{self.name}: the {part} part has no rows; give more data or another split")

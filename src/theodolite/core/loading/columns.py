@@ -118,6 +118,15 @@ class Encoding:
         )
 
     @cached_property
+    def scaling(self) -> tuple[tuple[float, float], ...]:
+        """(shift, scale) of each feature; (0, 1) for the levels of a category."""
+        return tuple(
+            (float(shift), float(scale)) if column.kind != "category" else (0.0, 1.0)
+            for column, shift, scale in zip(self.columns, self.shift, self.scale, strict=True)
+            for _ in (column.levels if column.kind == "category" else ("",))
+        )
+
+    @cached_property
     def _starts(self) -> Int[np.ndarray, " column"]:
         widths = [len(c.levels) if c.kind == "category" else 1 for c in self.columns]
         return np.concatenate([[0], np.cumsum(widths)[:-1]]).astype(np.int64)

@@ -185,6 +185,9 @@ def _frame_data(name: str, source: Source, given: np.ndarray, options: DataOptio
         wanted.columns if _ABSENT in picked else tuple(encoding.features[i] for i in picked), table.columns, notes,
         given[stay],
     )  # fmt: skip
+    if standardise:
+        scaling = tuple((0.0, 1.0) if i == _ABSENT else encoding.scaling[i] for i in picked)
+        data = replace(data, scaling=scaling)
     return Loaded(data, encoding if picked == list(range(len(encoding.features))) else None)
 
 

@@ -3,7 +3,8 @@
 __all__ = ["Condition", "LeafBoxes", "Rule", "RuleList"]
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -26,6 +27,10 @@ class Condition:
         """Which rows meet it; values are rounded to single precision first, as the tree does."""
         values = x[:, self.column].astype(np.float32)
         return (values > self.low) & (values <= self.high)
+
+    def rescaled(self, shift: float, scale: float) -> "Condition":
+        """The same condition on shift + scale * value; scale > 0."""
+        return replace(self, low=shift + scale * self.low, high=shift + scale * self.high)
 
     def __str__(self) -> str:
         if math.isinf(self.low):
@@ -59,6 +64,10 @@ class Rule:
         for condition in self.conditions:
             met &= condition.holds(x)
         return met
+
+    def rescaled(self, scaling: Sequence[tuple[float, float]]) -> "Rule":
+        """The same rule on a table whose column j is shift + scale * x, with (shift, scale) = scaling[j]."""
+        return replace(self, conditions=tuple(c.rescaled(*scaling[c.column]) for c in self.conditions))
 
     def __str__(self) -> str:
         head = "if " + " and ".join(map(str, self.conditions)) if self.conditions else "always"

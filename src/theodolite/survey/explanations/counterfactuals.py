@@ -205,6 +205,7 @@ def _advice(subject: Subject, run: _Run, ours: str) -> str:
     names = subject.data.features or tuple(f"column {i}" for i in range(run.rows.shape[1]))
     found = run.found[ours]
     span = np.ptp(subject.flat("train"), axis=0)
+    scale = [scale for _, scale in subject.data.scaling] or [1.0] * len(names)
     told = []
     for i in range(min(_SHOWN, len(run.rows))):
         if not found.valid[i]:
@@ -212,7 +213,7 @@ def _advice(subject: Subject, run: _Run, ours: str) -> str:
             continue
         change = found.counterfactuals[i] - run.rows[i]
         largest = np.argsort(-np.abs(change) / np.where(span > 0, span, 1.0), kind="stable")[:3]
-        moves = ", ".join(f"{names[c]} {change[c]:+.3g}" for c in largest if change[c] != 0)
+        moves = ", ".join(f"{names[c]} {scale[c] * change[c]:+.3g}" for c in largest if change[c] != 0)
         told.append(f"row {i + 1} (stability {found.stability[i]:.2f}): {moves}")
     return (
         f"Largest changes that make the answer {subject.data.classes[run.target]}, by {ours}: {'; '.join(told)}. Say what may "

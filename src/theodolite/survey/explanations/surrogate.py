@@ -145,6 +145,8 @@ def high_dimensional_surrogate(subject: Subject, budget: Budget) -> Finding:
             drop, drop - 1.96 * error, drop + 1.96 * error, n=len(copies.x_test)
         )
     rules = explainer.rules()
+    if data.scaling:
+        rules = [rule.rescaled(data.scaling) for rule in rules]
     return Finding(
         slug="high-dimensional-surrogate",
         headline=_headline(reached, k, d, rules),
