@@ -40,10 +40,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(self._answer(body, logprobs=how != "no logprobs"), 200)
 
     def _answer(self, body, logprobs=True):
-        """Chat: the last message's words in reverse. Completions with echo: a token for each word, log p = -its length."""
+        """Chat: ``answer``, or the last message's words in reverse. Completions with echo: log p of a word is -its length."""
         if self.path.endswith("/chat/completions"):
-            words = body["messages"][-1]["content"].split()[::-1]
-            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": " ".join(words)}}
+            said = self.server.answer(body["messages"])
+            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
             if body.get("logprobs"):
                 pieces = re.findall(r"\s?\S+", choice["message"]["content"])
                 rows = [{"token": piece, "logprob": -0.5, "top_logprobs": []} for piece in pieces]
@@ -69,13 +69,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
+def _reversed_words(messages):
+    return " ".join(messages[-1]["content"].split()[::-1])
+
+
 @contextmanager
-def protocol_server(*plan, delay=1.0):
+def protocol_server(*plan, delay=1.0, answer=_reversed_words, port=0):
     """The server; ``plan`` says how it answers the first requests: "ok", a status, "slow", "half", "wrong JSON",
     "other JSON", "no logprobs"; then all is well. ``seen`` holds what was asked, ``url`` is its address.
+    answer(messages) is what it says to a chat. port: a free one where 0.
     """
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.plan, server.seen, server.delay = list(plan), [], delay
+    server = ThreadingHTTPServer(("127.0.0.1", port), _Handler)
+    server.plan, server.seen, server.delay, server.answer = list(plan), [], delay, answer
     server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()

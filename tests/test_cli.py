@@ -34,7 +34,7 @@ def test_methods_of_one_space():
 
 def test_subjects_lists_the_built_in_ones():
     assert [row["name"] for row in json.loads(runner.invoke(app, ["subjects", "--json"]).stdout)] == [
-        "digits", "breast-cancer", "smollm2",
+        "digits", "breast-cancer", "pixels", "smollm2",
     ]  # fmt: skip
 
 
@@ -53,8 +53,8 @@ def test_every_help_can_be_read(arguments):
     (["survey", "--model", "forest.skops"], 1, "--data"),
     (["survey", "--no-such-flag"], 2, "no-such-flag"),
     (["reproduce", "no-such-method"], 1, "no method"),
-    (["reproduce", "hippo"], 1, "no reproduction"),
-    (["run", "hippo"], 2, "hippo"),
+    (["reproduce", "step-law"], 1, "no reproduction"),
+    (["run", "step-law"], 2, "step-law"),
 ])  # fmt: skip
 def test_a_mistake_is_one_clear_error_without_traceback(arguments, code, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -722,7 +722,11 @@ def test_the_command_tells_what_is_wrong(table, tmp_path):
         ((tmp_path / "none.csv",), DataError, "no file"),
         ((path, "--label", "species"), DataError, "no such column"),
         ((tmp_path / "gaps.csv", "--label", "kind"), DataError, "values are missing in 1 rows .sensor1."),
-        ((tmp_path / "whole.csv", "--label", "kind"), DataError, "nothing to discover"),
+        (
+            (tmp_path / "whole.csv", "--label", "kind"),
+            DataError,
+            "nothing to discover: every row of .*whole.csv has a label; leave the label empty",
+        ),
         ((path, "--label", "kind", "--novel", 51), InputError, "more than the 50"),
     ):
         done = run(*arguments)

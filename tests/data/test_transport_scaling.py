@@ -1,3 +1,4 @@
+import dataclasses
 import warnings
 
 import numpy as np
@@ -23,8 +24,8 @@ from theodolite.data.transport_scaling import (
 )
 from theodolite.data.transport_scaling.forms import FORMS, Law
 from theodolite.data.transport_scaling.mixes import count_rows, nearest_allowed
-from theodolite.data.transport_scaling.selection import _shapley
-from theodolite.data.transport_scaling.transport import exact_transport
+from theodolite.data.transport_scaling.selection import _shapley, climb
+from theodolite.data.transport_scaling.transport import exact_seconds, exact_transport
 
 ot = pytest.importorskip("ot", reason="needs POT: pip install 'theodolite[data]'")
 
@@ -202,6 +203,52 @@ def test_large_sets_go_to_sinkhorn_and_an_exact_one_above_4_gb_is_refused(monkey
         dataset_transport(X, y, V, v, solver="exact")
 
 
+def test_the_seconds_of_an_exact_solution_are_forecast_and_told_before_it_starts(monkeypatch):
+    from theodolite.data.transport_scaling import transport
+
+    rng = np.random.default_rng(0)
+    cost = rng.uniform(size=(500, 400))
+    one, four = exact_seconds(cost, 500), exact_seconds(cost, 8000)
+    assert 0 < one < four
+    assert exact_seconds(cost[:20, :20], 20) == 0  # solved sooner than forecast
+    monkeypatch.setattr(transport, "_LONG_SECONDS", 0.0)
+    (X, y), (V, v) = blobs(400, 0.3, 0), blobs(300, 0.6, 1)
+    with pytest.warns(UserWarning, match="transport of 400 to 300 rows will take about"):
+        dataset_transport(X, y, V, v)
+    with pytest.warns(
+        UserWarning, match="6 exact transports of 15 and 30 rows, besides the trainings, will take about"
+    ):
+        _fit()
+
+
+def test_a_solver_that_stops_early_is_an_error_in_tables_and_selection(fitted, monkeypatch):
+    from theodolite.data.transport_scaling import tables
+
+    real = tables.exact_transport
+
+    def stopped(cost, mass):
+        return dataclasses.replace(real(cost, mass), converged=False, gap=0.2)
+
+    monkeypatch.setattr(tables, "exact_transport", stopped)
+    for call in (_fit, lambda: fitted.select(1000), lambda: fitted.predict([0.3, 0.3, 0.4], 60)):
+        with pytest.raises(InputError, match=r"stopped before the optimum \(relative gap 0.2\)"):
+            call()
+
+
+def test_an_exact_solution_makes_only_the_label_table_that_it_needs(monkeypatch):
+    from theodolite.data.transport_scaling import transport
+
+    calls, real = [], transport.label_distances
+    monkeypatch.setattr(
+        transport, "label_distances", lambda *args, **options: calls.append(1) or real(*args, **options)
+    )
+    (X, y), (V, v) = blobs(40, 0.3, 0), blobs(50, 0.6, 1)
+    dataset_transport(X, y, V, v, label_reference="pooled")
+    assert len(calls) == 1
+    dataset_transport(X, y, V, v, label_reference="pooled", solver="sinkhorn", reg=0.1)
+    assert len(calls) == 4
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -305,6 +352,32 @@ def test_the_form_is_chosen_on_regions_it_was_not_fitted_on():
     assert on_its_own_points["pq"] < on_its_own_points["ot"]  # where it was fitted the largest form looks best
     errors = region_errors(p, far, score)
     assert errors["ot"] < errors["pq"]
+
+
+def test_a_law_with_roots_follows_scores_that_bend_near_an_empty_source():
+    p, rng = simplex_grid(3), np.random.default_rng(0)
+    score = 0.4 + np.log1p(200 * p) @ [0.03, 0.04, 0.02] + 0.005 * rng.normal(size=66)
+    far = 4 + 6 * ((p - 0.4) ** 2).sum(axis=1)
+    assert choose_form(p, far, score) in ("root", "ot_root")
+    errors = region_errors(p, far, score, (*FORMS, "forest"))
+    assert errors["ot_root"] < min(errors[form] for form in ("ot", "linear", "quadratic", "forest"))
+
+
+def test_the_slope_of_a_root_at_an_empty_source_is_finite():
+    law = Law("ot_root", np.array([0.1, -0.01, 0.2, 0.3, 0.4]))
+    slopes = law.gradient(np.array([0.0, 0.25, 0.75]), 6.0, np.zeros(3))
+    assert slopes == pytest.approx([0.2 / 2e-3, 0.3, 0.4 / (2 * np.sqrt(0.75))])
+
+
+def test_a_climb_on_roots_finds_the_mix_and_can_bring_a_source_back():
+    worth = np.array([0.2, 0.4, 0.1])
+
+    def objective(p):
+        return float(worth @ np.sqrt(p)), worth / (2 * np.sqrt(np.maximum(p, 1e-6)))
+
+    best, path = climb(objective, np.array([0.98, 0.02, 0.0]), lambda p: p)
+    assert best == pytest.approx(worth**2 / (worth**2).sum(), abs=0.02)  # by Lagrange: shares as the squared worths
+    assert np.allclose(path.sum(axis=1), 1)
 
 
 def test_shapley_of_additive_values_are_the_values():
@@ -541,3 +614,56 @@ def test_the_chart_measures_mixes_it_was_not_fitted_on():
     assert sum(len(source.X) for source in sources) == 300
     assert "classes" in words
     assert all(np.bincount(source.y, minlength=3).max() > 0.6 * len(source.y) for source in sources)
+
+
+def _tables(folder, columns):
+    """A table of 480 rows whose label follows two numbers, with more columns, as a subject."""
+    import pandas as pd
+
+    from theodolite.core.loading import DataOptions, load_subject
+
+    (X, y) = blobs(480, 0.5, 0)
+    frame = pd.DataFrame({"x1": X[:, 0], "x2": X[:, 1], **columns(y), "label": [f"k{label}" for label in y]})
+    frame.to_csv(folder / "data.csv", index=False)
+    return load_subject(data=str(folder / "data.csv"), options=DataOptions(target="label"), epochs=3)
+
+
+def test_the_chart_takes_the_column_that_is_named_a_source_and_its_level_names(tmp_path):
+    from theodolite.survey.data.transport_scaling import _sources, find_column
+
+    rng = np.random.default_rng(0)
+
+    def columns(y):
+        site = np.where(rng.random(480) < 0.3, y, rng.integers(0, 4, 480))
+        names = np.array(["north", "south", "east", "west"])[site]
+        names[:6] = "rare"
+        return {"colour": rng.choice(["red", "blue"], 480), "clinic_site": names}
+
+    subject = _tables(tmp_path, columns)
+    found = find_column(subject)
+    assert found is not None
+    name, kept = found
+    assert name == "clinic_site"
+    assert sorted(kept) == ["east", "north", "south", "west"]
+    sources, words = _sources(subject, 0)
+    assert sum(len(source.X) for source in sources) == sum(rows.sum() for rows in kept.values())
+    assert words == "the values of 'clinic_site' but for rare, which few rows have"
+
+
+def test_the_chart_of_three_sources_shows_a_triangle_and_the_projection(tmp_path):
+    import json
+
+    from theodolite.survey.run import measure
+
+    rng = np.random.default_rng(0)
+
+    def columns(y):
+        return {"source": np.array(["a", "b", "c"])[np.where(rng.random(480) < 0.7, y, rng.integers(0, 3, 480))]}
+
+    found = measure("transport-scaling", _tables(tmp_path, columns))
+    told = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert "scatterternary" in {trace["type"] for trace in told["figure"]["data"]}
+    names = [trace["name"] for trace in told["figure"]["data"]]
+    assert {"chosen mix, projected", "even mix, projected"} <= set(names)
+    assert "from a/b/c: predicted" in found.headline
+    assert found.comparison.controls[0].name.startswith("the mix alone")

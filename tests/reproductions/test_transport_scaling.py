@@ -6,7 +6,8 @@ from theodolite.core.sources import find_data
 from theodolite.reproductions import transport_scaling as paper
 
 TOPICS = [
-    "unseen mixes", "between mixes", "tracks the score", "gradient of the distance", "exact on a line", "Bures",
+    "than the composition alone", "laws of the composition", "between mixes",
+    "tracks the score", "gradient of the distance", "exact on a line", "Bures",
     "gives both pilot", "log of the error", "random labels", "selection trains nothing",
 ]  # fmt: skip
 EXACT = ("gradient of the distance", "exact on a line", "Bures", "gives both pilot", "selection trains nothing")

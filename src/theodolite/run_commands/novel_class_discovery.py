@@ -43,12 +43,17 @@ def command(
     from theodolite.data.novel_classes import PBN, describe_clusters, tune_hidden
 
     x, y, names, numbers = _read(table, label, flags)
+    unlabelled = y == "-1"
+    if not unlabelled.any():
+        raise DataError(
+            f"nothing to discover: every row of {table} has a label; leave the label empty (or write -1) in the rows whose class "
+            "nobody knows"
+        )
     made = PBN(n_novel=novel or "auto", epochs=flags.epochs or 200, seed=flags.seed)
     if tune:
         made = tune_hidden(made, None, x, y, n_trials=tune, seed=flags.seed).refit
     else:
         made.fit(x, y)
-    unlabelled = y == "-1"
     cards = describe_clusters(
         x[unlabelled], made.labels_, names, known=(x[~unlabelled], y[~unlabelled]), seed=flags.seed
     )

@@ -9,14 +9,15 @@ from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 
 from theodolite.core.errors import InputError
 
 Response = Literal["log_error", "score"]
-FORMS = ("ot", "pl", "pq_notebook", "pq", "linear", "quadratic", "quadratic_cross")
-FORMS_WITHOUT_TRANSPORT = ("linear", "quadratic", "quadratic_cross", "forest")
+FORMS = ("ot", "pl", "pq_notebook", "pq", "ot_root", "linear", "quadratic", "quadratic_cross", "root")
+FORMS_WITHOUT_TRANSPORT = ("linear", "quadratic", "quadratic_cross", "root", "forest")
 _SMALLEST = 1e-6
+_LEAST_SHARE = 1e-6
 _REGION = 0.5
 
 
@@ -58,8 +59,12 @@ def projection_weights(n_0: float, n_1: float, n: Any) -> tuple[Any, Any]:
     return np.log(np.asarray(n) / n_0) / span, -np.log(np.asarray(n) / n_1) / span
 
 
-def _columns(form: str, p: Float[np.ndarray, "mix source"], transport: Float[np.ndarray, " mix"]) -> np.ndarray:
-    """The regressors of a form; the last source's share is left out, as the others determine it."""
+def _columns(form: str, p: Inexact[np.ndarray, "mix source"], transport: Float[np.ndarray, " mix"]) -> np.ndarray:
+    """The regressors of a form; the last source's share is left out where the others determine it.
+
+    The two forms with roots of the shares are not in the paper: the first rows of a source are worth more than its later ones, so
+    the score bends near a share of 0, which no polynomial of so few coefficients follows.
+    """
     q, d, one = p[:, :-1], transport[:, None], np.ones((len(p), 1))
     match form:
         case "ot":
@@ -70,6 +75,10 @@ def _columns(form: str, p: Float[np.ndarray, "mix source"], transport: Float[np.
             parts = [one, q, d, q * d, q**2 * d]
         case "pq":
             parts = [one, q, q**2, d, q * d, q**2 * d]
+        case "ot_root":
+            parts = [one, d, np.sqrt(p)]
+        case "root":
+            parts = [one, np.sqrt(p)]
         case "linear":
             parts = [one, q]
         case "quadratic":
@@ -114,15 +123,13 @@ class Law:
         )
 
     def gradient(self, p: Float[np.ndarray, " source"], transport: float, transport_gradient: np.ndarray) -> np.ndarray:
-        """dL/dp (m,) along the distance and the shares, for a linear form: exact, as every column is a polynomial of degree 3."""
+        """dL/dp (m,) along the distance and the shares; a share below 1e-6 has the slope that it has there."""
         if self.forest is not None:
             raise InputError("a random forest has no gradient; choose another form to select a mix")
-        step, m = 1e-3, len(p)
-        # five-point differences are exact for polynomials up to degree 4
-        moves = [(2, -1 / 12), (1, 8 / 12), (-1, -8 / 12), (-2, 1 / 12)]
-        points = np.concatenate([p + k * step * np.eye(m) for k, _ in moves])
-        here = self(points, np.full(len(points), transport)).reshape(len(moves), m)
-        direct = np.array([weight for _, weight in moves]) @ here / step
+        step, m = 1e-20, len(p)
+        # the imaginary part of L(p + i step) / step is the derivative to the last digit, as nothing is subtracted
+        points = np.maximum(p, _LEAST_SHARE) + 1j * step * np.eye(m)
+        direct = np.imag(_columns(self.form, points, np.full(m, transport)) @ self.coefficients) / step
         ends = self(np.stack([p, p]), np.array([transport + 1, transport]))  # every form is linear in the distance
         return direct + (ends[0] - ends[1]) * transport_gradient
 

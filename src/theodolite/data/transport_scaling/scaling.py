@@ -31,7 +31,7 @@ from theodolite.data.transport_scaling.forms import (
 from theodolite.data.transport_scaling.mixes import as_mixes, design, nearest_allowed
 from theodolite.data.transport_scaling.selection import Baseline, MixSelection, baseline_mixes, climb
 from theodolite.data.transport_scaling.tables import PilotTable, Pool, Source, make_table, regresses
-from theodolite.data.transport_scaling.transport import distances, exact_transport, label_distances
+from theodolite.data.transport_scaling.transport import distances, exact_seconds, label_distances, warn_of_seconds
 
 _TARGET_ROWS = 400
 _FEWEST = 10
@@ -117,6 +117,11 @@ class TransportScaling(BaseEstimator):
                 UserWarning,
                 stacklevel=2,
             )
+        count = len(mixes) * self.n_repeats
+        warn_of_seconds(
+            count * sum(exact_seconds(pool.cost, n) for n in (n_0, n_1)),
+            f"{2 * count} exact transports of {n_0:,} and {n_1:,} rows, besides the trainings,",
+        )
         scoring = "r2" if self.scoring == "accuracy" and regresses(self.estimator) else self.scoring
         one, two = (
             make_table(pool, self.estimator, scoring, mixes, n, self.n_repeats, seed=seed, executor=self.executor)
@@ -366,7 +371,7 @@ class TransportScaling(BaseEstimator):
             for k, (law, rows) in enumerate(zip(self.laws_, samples, strict=True)):
                 source = self.pool_.source[rows]
                 count = np.bincount(source, minlength=m)
-                solved = exact_transport(self.pool_.cost[rows], (p / count)[source])
+                solved = self.pool_.transport(rows, (p / count)[source])
                 mean = np.bincount(source, weights=solved.source_potentials, minlength=m) / count
                 moved.append(np.array([solved.value]))
                 own = law.gradient(p, solved.value, mean)

@@ -13,6 +13,7 @@ from jaxtyping import Float
 _ITERATIONS = 100
 _STEP = 0.5
 _DECAY = 0.9
+_STEEPEST = 2.0
 _STILL = 1e-4
 _LARGEST_SHAPLEY = 8
 
@@ -42,7 +43,8 @@ def climb(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Exponentiated-gradient ascent: the best iterate and the path.
 
-    objective(p) -> (value, gradient up to a constant). Steps are 0.5 * 0.9^t of the gradient divided by its largest entry.
+    objective(p) -> (value, gradient up to a constant). Steps are 0.5 * 0.9^t of the gradient divided by its mean size under p,
+    no entry above 2, so that a source of hardly any share, whose slope can be steep, does not hold up the others.
     """
     p = allowed(start)
     best, best_value, path = p, -math.inf, [p]
@@ -51,10 +53,10 @@ def climb(
         if value > best_value:
             best, best_value = p, value
         gradient = gradient - p @ gradient
-        largest = np.abs(gradient).max()
-        if not largest > 0:
+        size = p @ np.abs(gradient)
+        if not size > 0:
             break
-        moved = np.maximum(p, 1e-6) * np.exp(_STEP * _DECAY**t * gradient / largest)
+        moved = np.maximum(p, 1e-6) * np.exp(_STEP * _DECAY**t * np.clip(gradient / size, -_STEEPEST, _STEEPEST))
         moved = allowed(moved / moved.sum())
         still = np.abs(moved - p).max() < _STILL
         p = moved

@@ -16,7 +16,7 @@ from sklearn.metrics import get_scorer
 from theodolite.core.errors import InputError
 from theodolite.core.parallel import seeds_for, spread
 from theodolite.data.transport_scaling.mixes import count_rows
-from theodolite.data.transport_scaling.transport import exact_transport
+from theodolite.data.transport_scaling.transport import Transport, exact_transport
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,17 @@ class Pool:
 
     def distance(self, rows: np.ndarray) -> float:
         """Transport distance of a uniform sample of the pool."""
-        return exact_transport(self.cost[rows], np.full(len(rows), 1 / len(rows))).value
+        return self.transport(rows, np.full(len(rows), 1 / len(rows))).value
+
+    def transport(self, rows: np.ndarray, mass: np.ndarray) -> Transport:
+        """Exact transport of rows of the pool with these masses; an error where the solver stopped short of the optimum."""
+        solved = exact_transport(self.cost[rows], mass)
+        if not solved.converged:
+            raise InputError(
+                f"the exact transport of {len(rows):,} rows stopped before the optimum (relative gap {solved.gap:.2g}); lower "
+                "`sizes`, or leave out features with extreme values"
+            )
+        return solved
 
 
 def regresses(estimator: Any) -> bool:

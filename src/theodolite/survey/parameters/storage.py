@@ -1,7 +1,7 @@
-"""The chart of storage: how well a network learns that may store only a few weights from its first step on, by which."""
+"""The chart of storage: how well a network learns that may store only a few numbers from its first step on, by which."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,14 +15,15 @@ from theodolite.core.errors import InputError, ModelError, TrainingCollapsedErro
 from theodolite.core.estimate import Comparison, Control, Estimate, mean_of_runs
 from theodolite.core.subject import Subject
 from theodolite.core.train import Recipe, train
+from theodolite.parameters.peft import apply, find_blocks
 from theodolite.parameters.pruning_at_init import LayerCollapseWarning, apply_masks, prune_at_init
 from theodolite.parameters.sharing import FoldMap, HashedMap, share_parameters
 from theodolite.parameters.subspace import SubspaceModel
-from theodolite.parameters.tucker import adapt
 from theodolite.parameters.weights import weight_tensors
 from theodolite.survey.chart import Budget, Needs, chart, trainings
-from theodolite.survey.figures import INKS, band_line, level_line
+from theodolite.survey.figures import INKS
 from theodolite.survey.finding import Finding
+from theodolite.survey.parameters.pareto import Point, draw, largest_update, not_beaten
 
 _COMPRESSIONS = (4.0, 20.0, 100.0)
 _SHOWN = 20.0
@@ -33,17 +34,40 @@ _SUBSPACE_STEPS = (0.3, 0.03)  # of Adam on coordinates, whose own order has not
 _WORDS = {
     "sharing": "weights read from one shared array",
     "subspace": "random subspace of the weights",
-    "core": "low-rank change of the random start",
+    "tucker": "Tucker cores on the random start",
+    "lora": "low rank (LoRA) on the random start",
+    "houlsby": "adapters in the random start",
+    "prefix": "prefixes in the random start",
     "synflow": "pruned before training (SynFlow)",
     "random": "pruned before training (at random)",
 }
+_BLOCKS = ("houlsby", "prefix")  # what needs the blocks of a transformer
 _CALLS = {
     "sharing": "theodolite.parameters.sharing.share_parameters(network, compression={c:.0f})",
     "subspace": "theodolite.parameters.subspace.SubspaceModel(network, dimension)",
-    "core": "theodolite.parameters.tucker.adapt(network, ranks=...)",
+    "tucker": "theodolite.parameters.tucker.adapt(network, ranks=...)",
+    "lora": 'theodolite.parameters.tucker.adapt(network, kind="lora", ranks=...)',
+    "houlsby": 'theodolite.parameters.peft.apply(network, "houlsby", budget=...)',
+    "prefix": 'theodolite.parameters.peft.apply(network, "prefix", budget=...)',
     "synflow": 'theodolite.parameters.pruning_at_init.prune_at_init(network, "synflow", {c:.0f}, data=(x, y))',
     "random": 'theodolite.parameters.pruning_at_init.prune_at_init(network, "random", {c:.0f})',
 }
+
+
+@dataclass(frozen=True, eq=False)
+class _Network:
+    """A network that stores few of its weights, and how many numbers those are; None for one whose loss went astray."""
+
+    network: nn.Module | None
+    stored: int
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Numbers stored in place of the weights, and the quality on test rows of each seed."""
+
+    stored: int
+    qualities: list[float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,80 +84,87 @@ class _Learner:
             raise InputError(f"{subject.name} cannot be trained again")
         return cls(subject, subject.build, subject.recipe)
 
-    def _start(self, method: str, compression: float, seed: int) -> nn.Module | None:
-        """The network before training, None where the method cannot be that small."""
-        model, rows = self.build(seed), self.subject.data.train.head(256)
+    def start(self, method: str, compression: float, seed: int) -> _Network | None:
+        """The network before training, None where the method cannot be that small or has no place in it.
+
+        What is no weight of a linear, convolution or embedding layer stays whole and trains in all of them, uncounted.
+        """
+        model = self.build(seed)
+        found = [weight.parameter for weight in weight_tensors(model)]
+        total, own = sum(p.numel() for p in found), {id(p) for p in found}
+        rest = [p for p in model.parameters() if id(p) not in own]
+        budget = max(1, int(total / compression))
         if method == "sharing":
-            return share_parameters(model, compression=compression, optimizer="adam", seed=seed)
+            shared = share_parameters(model, compression=compression, optimizer="adam", seed=seed)
+            return _Network(shared, shared.stored_parameters)
         if method == "subspace":  # moves biases and norms as well, so it may have as many coordinates more
-            weights = sum(weight.parameter.numel() for weight in weight_tensors(model))
-            others = sum(p.numel() for p in model.parameters()) - weights
-            return SubspaceModel(model, int(weights / compression) + others, seed=seed)
-        if method == "core":
-            return _low_rank(lambda: self.build(seed), compression, seed)
+            return _Network(SubspaceModel(model, budget + sum(p.numel() for p in rest), seed=seed), budget)
+        if method in ("tucker", "lora"):
+            update = largest_update(model, budget, kind=method, statistics="save", tied="share", seed=seed)
+            if update is None:
+                return None
+            _open(rest)
+            return _Network(model, sum(p.numel() for p in update.trainable_parameters()))
+        if method in _BLOCKS:
+            try:
+                made = apply(model, method, budget=budget, train_head=False, seed=seed, probe=False)
+            except (InputError, ModelError):  # no blocks, or none so narrow
+                return None
+            count = made.parameter_count.method
+            _open(rest)
+            return _Network(made, count)
+        rows = self.subject.data.train.head(256)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", LayerCollapseWarning)  # it shows as chance in the figure
             masks = prune_at_init(model, method, compression, data=(rows.x, rows.y), seed=seed)
-        return apply_masks(model, masks)
+        return _Network(apply_masks(model, masks), sum(int(mask.sum()) for mask in masks.values()))
 
-    def _trained(self, method: str, compression: float, seed: int, step: float) -> nn.Module | None:
-        """The trained network, None where the loss did not stay finite."""
-        model, rows = self._start(method, compression, seed), self.subject.data.train
-        if model is None:
+    def _trained(self, method: str, compression: float, seed: int, step: float) -> _Network | None:
+        """The trained network, None where the method cannot be that small."""
+        made, rows = self.start(method, compression, seed), self.subject.data.train
+        if made is None or made.network is None:
             return None
         lr = step if method == "subspace" else step * self.recipe.lr
         recipe = replace(self.recipe, lr=lr, optimizer="adam", momentum=0.0, patience=None, seed=seed)
         if method == "subspace":
             recipe = replace(recipe, l2=0.0)  # decay would pull towards the random start
         try:
-            train(model, rows.x, rows.y, recipe=recipe)
+            train(made.network, rows.x, rows.y, recipe=recipe)
         except TrainingCollapsedError:
-            return None
-        return model
+            return _Network(None, made.stored)
+        return made
 
-    def _quality(self, model: nn.Module | None, part: str) -> float:
+    def _quality(self, made: _Network | None, part: str) -> float:
         """Quality on one part; of a training that collapsed that of knowing nothing."""
-        return self.subject.data.chance if model is None else self.subject.quality(model, part=part).value  # type: ignore[arg-type]
+        if made is None or made.network is None:
+            return self.subject.data.chance
+        return self.subject.quality(made.network, part=part).value  # type: ignore[arg-type]
 
-    def runs(self, method: str, seeds: range) -> dict[float, list[float]]:
-        """Quality on test rows by compression and seed, [] where the method cannot be that small.
+    def runs(self, method: str, seeds: range) -> dict[float, _Runs]:
+        """What each compression reaches that the method can have.
 
-        The step size is the one that the first seed does best with on validation rows, at the compression that is shown.
+        The step size is the one that the first seed does best with on validation rows, at the compression that is shown, or
+        at the smallest where it cannot be had there. Pruning at random is a control at the one that is shown.
         """
-        steps = _SUBSPACE_STEPS if method == "subspace" else _STEPS
-        tried = {step: self._trained(method, _SHOWN, seeds[0], step) for step in steps}
-        step = max(steps, key=lambda one: self._quality(tried[one], "validation"))
-        made = dict[float, list[float]]()
-        for compression in _COMPRESSIONS:
-            if self._start(method, compression, seeds[0]) is None:
-                made[compression] = []
+        made, step = dict[float, _Runs](), None
+        others = [] if method == "random" else [one for one in _COMPRESSIONS if one != _SHOWN]
+        for compression in (_SHOWN, *others):
+            steps = (step,) if step is not None else _SUBSPACE_STEPS if method == "subspace" else _STEPS
+            found = {one: self._trained(method, compression, seeds[0], one) for one in steps}
+            tried = {one: network for one, network in found.items() if network is not None}
+            if not tried:
                 continue
-            first = tried[step] if compression == _SHOWN else self._trained(method, compression, seeds[0], step)
+            if step is None:
+                step = max(tried, key=lambda one, tried=tried: self._quality(tried[one], "validation"))
+            first = tried[step]
             models = (first, *(self._trained(method, compression, seed, step) for seed in seeds[1:]))
-            made[compression] = [self._quality(model, "test") for model in models]
+            made[compression] = _Runs(first.stored, [self._quality(model, "test") for model in models])
         return made
 
 
-def _low_rank(build: Callable[[], nn.Module], compression: float, seed: int) -> nn.Module | None:
-    """The random start with a trainable core and factors on each weight, of the largest rank that fits, and free biases."""
-    budget = sum(weight.parameter.numel() for weight in weight_tensors(build())) / compression
-
-    def placed(rank: int) -> tuple[nn.Module, int]:
-        model = build()
-        adapters = adapt(model, ranks=rank, clip=True, statistics="save", tied="share", seed=seed)
-        return model, sum(p.numel() for p in adapters.trainable_parameters())
-
-    low, high = 0, max(max(weight.shape) for weight in weight_tensors(build()))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if placed(middle)[1] <= budget else (low, middle - 1)
-    if low == 0:
-        return None
-    model, _ = placed(low)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 and "parametrizations" not in name:
-            parameter.requires_grad_(True)
-    return model
+def _open(parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(True)
 
 
 def _too_small(subject: Subject) -> str | None:
@@ -148,65 +179,103 @@ def _too_small(subject: Subject) -> str | None:
 @chart(
     "parameter-sharing",
     needs=Needs(network=True, retrainable=True, test=_too_small),
-    cost=trainings(len(_WORDS) * (len(_COMPRESSIONS) * _SEEDS + 1) * 1.3),
+    cost=lambda subject: trainings(1.3 * _trainings(subject))(subject),
 )
 def parameter_sharing(subject: Subject, budget: Budget) -> Finding:
     """Quality of networks that store a quarter, a twentieth and a hundredth of their weights, by which are stored."""
     learner, full, chance = _Learner.of(subject), subject.quality(), subject.data.chance
     seeds = range(budget.seed, budget.seed + _SEEDS)
     total = sum(weight.parameter.numel() for weight in weight_tensors(learner.build(budget.seed)))
-    stored = {c: max(1, int(total / c)) for c in _COMPRESSIONS}
-    runs = {method: learner.runs(method, seeds) for method in _WORDS}
-    curves = {
-        method: QualityCurve.from_runs(
-            {stored[c]: found for c, found in by_size.items() if found}, chance=chance, reference=full.value,
-            name=_WORDS[method], metric=subject.metric, total_dimension=total,
-        )
-        for method, by_size in runs.items()
-        if any(by_size.values())
-    }  # fmt: skip
+    runs = {method: found for method in _ways(subject) if (found := learner.runs(method, seeds))}
     within = (0.0, 1.0) if subject.data.task == "classification" else (-np.inf, 1.0)
-    kept = {
-        method: mean_of_runs(found[_SHOWN], unit=subject.metric, within=within)
-        for method, found in runs.items()
-        if found[_SHOWN]
+
+    def mean(run: _Runs) -> Estimate:
+        return mean_of_runs(run.qualities, unit=subject.metric, within=within)
+
+    points = {
+        _WORDS[method]: [Point(run.stored, mean(run)) for run in by_size.values()] for method, by_size in runs.items()
     }
-    kinds = {"subspace": "random", "core": "closed-form", "synflow": "closed-form", "random": "random"}
+    kept = {method: mean(by_size[_SHOWN]) for method, by_size in runs.items() if _SHOWN in by_size}
+    kinds = {
+        "subspace": "random", "tucker": "closed-form", "lora": "closed-form", "synflow": "closed-form", "random": "random"
+    }  # fmt: skip
+    stored = max(1, int(total / _SHOWN))
     comparison = Comparison(
-        f"{subject.metric} with {stored[_SHOWN]:,} of {total:,} weights stored",
+        f"{subject.metric} with {stored:,} of {total:,} weights stored",
         kept["sharing"],
         (
             *(Control(_WORDS[name], kept[name], kind) for name, kind in kinds.items() if name in kept),  # type: ignore[arg-type]
             Control("the network as it is", full, "reference"),
         ),
     )
-    numbers = {f"{_WORDS[name]}, {_SHOWN:.0f} times fewer": value for name, value in kept.items()}
+    numbers = {f"{_WORDS[name]}, {runs[name][_SHOWN].stored:,} numbers": value for name, value in kept.items()}
     numbers[f"{subject.metric} of the network as it is"] = full
-    for method, curve in curves.items():
+    for method, by_size in runs.items():
+        curve = QualityCurve.from_runs(
+            {run.stored: run.qualities for run in by_size.values()}, chance=chance, reference=full.value,
+            name=_WORDS[method], metric=subject.metric, total_dimension=total,
+        )  # fmt: skip
         found = curve.smallest(above_chance=True).estimate
-        if found is not None:
-            name = f"weights stored for 90 % of the gain above chance, {_WORDS[method]}"
-            numbers[name] = replace(found, unit="weights")
+        if found is not None and len(by_size) > 1:
+            name = f"numbers stored for 90 % of the gain above chance, {_WORDS[method]}"
+            numbers[name] = replace(found, unit="numbers")
+    front = dict.fromkeys(name for name, _, _ in not_beaten(points, nothing=chance))
     return Finding(
         slug="parameter-sharing",
-        headline=_headline(kept, full, stored[_SHOWN], total, subject),
+        headline=_headline(kept, full, stored, total, subject),
         numbers=numbers,
         comparison=comparison,
-        figure=_figure(curves, full.value, chance, subject.metric, total, budget.seed),
+        figure=_figure(points, full.value, chance, subject.metric, total, budget.seed),
         reading="Fresh networks are trained that may store only so many numbers for their weights: an array that all weights are "
-        "read from, coordinates of a random subspace, low-rank changes, or the weights that two rules leave before training. "
-        "Each has the better of two step sizes, found on validation rows at the middle size; bands span the seeds. Below, how "
-        "many weights read each number of the array: the fold used here spreads them evenly, independent hashing does not.",
+        "read from, coordinates of a random subspace, low-rank changes, adapters and prefixes where there are blocks for them, "
+        "or the weights that two rules leave before training. Each has the better of two step sizes, found on validation rows "
+        "at the middle size; bands are 95 % over seeds. The black line joins the points that no other reaches with as few "
+        f"numbers: {', '.join(front) or 'none is better than chance'}. Below, how many weights read each number of the array: "
+        "the fold used here spreads them evenly, independent hashing does not.",
         advice=_advice(kept),
         seed=budget.seed,
         caveats=(
             f"{_SEEDS} seeds, Adam by the subject's recipe; the paper trains with SGD.",
             "Biases and normalisation stay whole for all methods and are not counted; the subspace moves them too, and has as "
-            "many coordinates more. It and the low-rank change start from weights that a seed gives again.",
-            "The low-rank change has the largest rank that fits, so it may store less than where it is drawn.",
+            "many coordinates more. What changes a random start needs the seed that gives the start again. The network as it "
+            "is has learnt these rows already, so low-rank changes and adapters start where all others do, not from it.",
+            "Low-rank changes and adapters have the largest rank that fits, so they may store fewer numbers than the others.",
             f"Sizes are {', '.join(f'{c:.0f}' for c in _COMPRESSIONS)} times fewer, so the smallest one that suffices is rough.",
+            *_left_out(subject, runs),
         ),
     )
+
+
+def _ways(subject: Subject) -> list[str]:
+    """The methods that the network has a place for."""
+    try:
+        find_blocks(subject.predictor)
+    except ModelError:
+        return [method for method in _WORDS if method not in _BLOCKS]
+    return list(_WORDS)
+
+
+def _trainings(subject: Subject) -> int:
+    ways = len(_ways(subject))
+    return ways + _SEEDS + (ways - 1) * _SEEDS * len(_COMPRESSIONS)
+
+
+def _left_out(subject: Subject, runs: Mapping[str, Mapping[float, _Runs]]) -> Iterator[str]:
+    """What is not drawn, and why."""
+    ways = _ways(subject)
+    if not set(_BLOCKS) & set(ways):
+        yield (
+            "Adapters and prefixes are not drawn: adapters stand at the sub-blocks of a transformer, and prefixes are keys and "
+            "values that its attention looks at. This network has no such blocks; a convolution or a linear layer looks at "
+            "nothing that a prefix could be put in front of."
+        )
+    short = []
+    for method in ways:
+        missing = [c for c in _COMPRESSIONS if c not in runs.get(method, {}) and method != "random"]
+        if missing:
+            short.append(f"{_WORDS[method]} at {', '.join(f'{c:.0f}' for c in missing)} times fewer")
+    if short:
+        yield f"Not possible, since even the smallest holds more numbers: {'; '.join(short)}."
 
 
 def _headline(kept: dict[str, Estimate], full: Estimate, stored: int, total: int, subject: Subject) -> str:
@@ -230,27 +299,21 @@ def _advice(kept: dict[str, Estimate]) -> str:
 
 
 def _figure(
-    curves: dict[str, QualityCurve], full: float, chance: float, metric: str, total: int, seed: int
+    points: Mapping[str, Sequence[Point]], full: float, chance: float, metric: str, total: int, seed: int
 ) -> go.Figure:
     figure = make_subplots(rows=2, cols=1, row_heights=[0.74, 0.26], vertical_spacing=0.18)
-    inks = dict(zip(_WORDS, (INKS[0], INKS[2], INKS[3], INKS[1], INKS[6]), strict=True))
-    for method, curve in curves.items():
-        band_line(
-            figure, curve.dimensions, curve.mean.tolist(), name=curve.name, ink=inks[method], low=curve.runs.min(axis=1).tolist(),
-            high=curve.runs.max(axis=1).tolist(), dash="dot" if method == "random" else None, row=1, col=1,
-        )  # fmt: skip
-    level_line(figure, full, "all weights", row=1)
-    level_line(figure, chance, "chance", row=1)
+    levels = {"all weights": full, "chance": chance}
+    draw(figure, points, nothing=chance, levels=levels, control=[_WORDS["random"]], row=1)
     slots = max(1, int(total / _SHOWN))
     for name, map_, ink in (("fold", FoldMap, INKS[0]), ("independent hashing", HashedMap, INKS[6])):
         count = torch.bincount(map_(total, slots, seed).load()).tolist()
         bars = go.Bar(x=list(range(len(count))), y=count, name=f"slots, {name}", marker_color=ink, showlegend=False)
         figure.add_trace(bars, row=2, col=1)
-    figure.update_xaxes(type="log", title_text="weights stored", row=1, col=1)
+    figure.update_xaxes(type="log", title_text="numbers trained or kept in place of the weights", row=1, col=1)
     figure.update_yaxes(title_text=f"{metric} on test rows", row=1, col=1)
     figure.update_xaxes(title_text=f"weights that read one of the {slots:,} numbers", row=2, col=1)
     figure.update_yaxes(title_text="numbers", row=2, col=1)
     figure.update_layout(
-        margin={"l": 60, "r": 20, "t": 30, "b": 50}, legend={"orientation": "h", "y": 1.18}, height=560
+        margin={"l": 60, "r": 20, "t": 30, "b": 50}, legend={"orientation": "h", "y": 1.24}, height=600
     )
     return figure

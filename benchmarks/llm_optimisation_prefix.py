@@ -1,0 +1,82 @@
+"""Predicting ten candidates by a local language model: what they share run once, or each prompt run whole.
+
+The peer is the design of the authors' code, which sends the whole prompt again for each candidate; their code itself needs an
+Azure endpoint and cannot run here. Both read the probabilities of the ten digits, so both give the same numbers. Beside it:
+milliseconds of one trial that are not the language model's, with a script in its place.
+
+Run: python benchmarks/llm_optimisation_prefix.py [PATH]      writes llm_optimisation_prefix.json beside this file, or PATH
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from sklearn.tree import DecisionTreeClassifier
+
+from theodolite.hyperparameters.llm_bayesian_optimization import (
+    LLAMBO,
+    DiscriminativeSurrogate,
+    TaskContext,
+    known_space,
+)
+from theodolite.hyperparameters.space import SearchSpace
+from theodolite.language import connect
+from theodolite.language.scripted import ScriptedLanguageModel
+
+OBSERVED, CANDIDATES, TRIALS = 10, 10, 20
+
+
+def surrogate_seconds(space: SearchSpace, context: TaskContext) -> dict[str, float]:
+    llm = connect(cache=False)
+    configs, candidates = space.sample(OBSERVED, seed=0), space.sample(CANDIDATES, seed=1)
+    scores = np.random.default_rng(0).uniform(0.4, 0.95, OBSERVED).tolist()
+    surrogate = DiscriminativeSurrogate(space, context, llm, n_templates=1).fit(configs, scores)
+    surrogate.predict(candidates[:1])  # the weights are read at the first call
+    began = time.perf_counter()
+    together, _ = surrogate.predict(candidates)
+    middle = time.perf_counter()
+    alone = np.concatenate([surrogate.predict([candidate])[0] for candidate in candidates])
+    ended = time.perf_counter()
+    return {
+        "ratio, whole prompts / shared prefix": round((ended - middle) / (middle - began), 2),
+        "largest difference of a predicted score": float(np.abs(together - alone).max()),
+    }
+
+
+def overhead(space: SearchSpace, context: TaskContext) -> float:
+    names = ", ".join(f"{name}: {{}}" for name in space)
+    rng = np.random.default_rng(0)
+
+    def answer(prompt: str) -> str:
+        if "Predict" in prompt:
+            return "0.5 ##"
+        (config,) = space.sample(1, seed=rng)
+        return names.format(*(one.text(config[name]) for name, one in space.items())) + " ##"
+
+    search = LLAMBO(space, context, ScriptedLanguageModel(answer), warm_start="random")
+    began = time.process_time()
+    search.optimize(lambda config: config["max_features"], TRIALS)
+    return round(1000 * (time.process_time() - began) / TRIALS, 2)
+
+
+def main() -> None:
+    space = known_space(DecisionTreeClassifier())
+    if space is None:
+        raise SystemExit("no space is known for a decision tree")
+    context = TaskContext("DecisionTreeClassifier", "classification", "accuracy", n_samples=142, n_features=13)
+    result = {
+        "name": f"{CANDIDATES} candidates after {OBSERVED} trials by SmolLM2-135M, one core",
+        "peer": "the design of the authors' code: the whole prompt for each candidate (run here with the same model)",
+        **surrogate_seconds(space, context),
+        "milliseconds of a trial that are not the language model's": overhead(space, context),
+        "command": "OMP_NUM_THREADS=1 python benchmarks/llm_optimisation_prefix.py",
+    }
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_suffix(".json")
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
