@@ -5,12 +5,22 @@
 'smollm2'
 """
 
-__all__ = ["LanguageModel", "connect"]
+__all__ = ["ENDPOINT", "MODEL", "LanguageModel", "connect", "named_model"]
 
+import os
 from pathlib import Path
 
 from theodolite.core.errors import InputError
 from theodolite.language.model import AnswerCache, LanguageModel, default_cache
+
+ENDPOINT, MODEL = "THEODOLITE_ENDPOINT", "THEODOLITE_LANGUAGE_MODEL"
+"""Environment variables that name the language model of surveys and reproductions: its endpoint's address, and its name."""
+
+
+def named_model() -> tuple[str, str] | None:
+    """(address, name) of the endpoint that the environment names, as `connect` takes them; None where it names none."""
+    url, name = os.environ.get(ENDPOINT), os.environ.get(MODEL)
+    return (url, name) if url and name else None
 
 
 def connect(

@@ -6,7 +6,6 @@ otherwise.
 
 __all__ = ["claims", "example"]
 
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from theodolite.hyperparameters.verbalized import (
     candidate_search,
     in_context,
 )
-from theodolite.language import connect
+from theodolite.language import ENDPOINT, MODEL, connect, named_model
 from theodolite.language.local import LocalModel
 from theodolite.language.model import AnswerCache
 from theodolite.language.pretrained import model_folder
@@ -72,9 +71,7 @@ _TOPICS = (
     ("regression: the prior 'periodic' helps outside the range of a sine", "lower MSE outside with it",
      "outside MSE lower with the prior than without"),
 )  # fmt: skip
-_COMMAND = (
-    "THEODOLITE_ENDPOINT=http://HOST/v1 THEODOLITE_LANGUAGE_MODEL=NAME theodolite reproduce verbalized-learning --full"
-)
+_COMMAND = f"{ENDPOINT}=http://HOST/v1 {MODEL}=NAME theodolite reproduce verbalized-learning --full"
 
 
 def claims(scale: Scale, seed: int) -> Iterator[Claim]:
@@ -312,12 +309,12 @@ def example(kind: str, seed: int) -> _Example:
 
 
 def _regressions(scale: Scale, seed: int) -> Iterator[Claim]:
-    endpoint, name = (os.environ.get(f"THEODOLITE_{what}") for what in ("ENDPOINT", "LANGUAGE_MODEL"))
-    if not endpoint or not name:
+    place = named_model()
+    if place is None:
         for k in range(7, 11):
             yield _claim(k, None, None, f"not run here: needs a language model of the size of GPT-4o: {_COMMAND}")
         return
-    model = connect(endpoint, name, concurrency=10)
+    model, name = connect(*place, concurrency=10), place[1]
     epochs = 1 if scale is Scale.QUICK else 5
     bars = {"linear": 0.1, "polynomial": 2.0, "sine": 0.05}
     outside = {}

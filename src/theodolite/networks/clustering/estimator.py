@@ -85,7 +85,7 @@ class TELL(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
     >>> rng = np.random.default_rng(0)
     >>> X = np.repeat(np.eye(3), 40, axis=0) + rng.normal(size=(120, 3)) * 0.1
     >>> model = TELL(3, encoder=None, init="kmeans", epochs=5).fit(X)
-    >>> np.bincount(model.labels_).tolist(), model.predict([[0, 5, 0]])[0] == model.labels_[40]
+    >>> np.bincount(model.labels_).tolist(), bool(model.predict([[0, 5, 0]])[0] == model.labels_[40])
     ([40, 40, 40], True)
     """
 

@@ -23,12 +23,11 @@ from theodolite.hyperparameters.llm_bayesian_optimization import (
     known_space,
 )
 from theodolite.hyperparameters.space import Config, SearchResult, SearchSpace
-from theodolite.language import connect
+from theodolite.language import ENDPOINT, MODEL, connect
 from theodolite.survey.chart import Budget, Needs, chart, seconds
 from theodolite.survey.figures import INKS, band_line
 from theodolite.survey.finding import Finding
 
-ENDPOINT, MODEL = "THEODOLITE_LANGUAGE_ENDPOINT", "THEODOLITE_LANGUAGE_MODEL"
 _TRIALS, _HELD, _ROWS = 15, 20, 2000
 
 

@@ -1,6 +1,5 @@
 """The chart of verbalized learning: what a paragraph, read by a language model, does in place of a trained model."""
 
-import os
 import string
 import warnings
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import plotly.graph_objects as go
 from theodolite.core.estimate import Comparison, Control, Estimate, proportion
 from theodolite.core.subject import Rows, Subject
 from theodolite.hyperparameters.verbalized import Candidate, Update, VerbalizedClassifier, reference_scores
-from theodolite.language import LanguageModel, connect
+from theodolite.language import ENDPOINT, MODEL, LanguageModel, connect, named_model
 from theodolite.language.pretrained import WHEELS
 from theodolite.survey.chart import Budget, Needs, chart, seconds
 from theodolite.survey.figures import INKS, blank
@@ -25,11 +24,6 @@ _WORDS, _MOST_CLASSES, _MOST_COLUMNS, _SHOWN = 40, 20, 40, 160
 _TASK = "Classify the input."
 
 
-def _endpoint() -> tuple[str, str] | None:
-    url, name = (os.environ.get(f"THEODOLITE_{what}") for what in ("ENDPOINT", "LANGUAGE_MODEL"))
-    return (url, name) if url and name else None
-
-
 def _refusal(subject: Subject) -> str | None:
     data = subject.data
     if len(data.classes) > _MOST_CLASSES:
@@ -38,8 +32,8 @@ def _refusal(subject: Subject) -> str | None:
         return "needs the words of the texts; these were embedded before"
     if data.modality == "tabular" and data.shape[0] > _MOST_COLUMNS:
         return f"reads tables of up to {_MOST_COLUMNS} columns; this one has {data.shape[0]}"
-    if _endpoint() is None:
-        how = "name one in THEODOLITE_ENDPOINT and THEODOLITE_LANGUAGE_MODEL"
+    if named_model() is None:
+        how = f"name one in {ENDPOINT} and {MODEL}"
         if data.modality == "tabular":
             return f"needs a language model that can read numbers, larger than the local one: {how}"
         if find_spec(WHEELS["smollm2"]) is None:
@@ -66,7 +60,7 @@ class _Learned:
 )
 def verbalized_learning(subject: Subject, budget: Budget) -> Finding:
     """Accuracy of a language model that reads a description, beside what it does without and what counting words does."""
-    data, place = subject.data, _endpoint()
+    data, place = subject.data, named_model()
     learner = connect(*place) if place else connect()
     parts = [rows.head(n) for rows, n in ((data.train, _TRAIN), (data.validation, _JUDGE), (data.test, _TEST))]
     X = [_read(subject, rows) for rows in parts]
@@ -248,6 +242,6 @@ def _caveats(texts: bool, endpoint: bool, rows: int) -> tuple[str, ...]:
     if not endpoint:
         found.append(
             "The local model cannot write descriptions, so the sentences are made from the names of the classes, which have to "
-            "be words. With THEODOLITE_ENDPOINT and THEODOLITE_LANGUAGE_MODEL the paragraph is trained instead."
+            f"be words. With {ENDPOINT} and {MODEL} the paragraph is trained instead."
         )
     return tuple(found)
