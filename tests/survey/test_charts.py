@@ -7,11 +7,14 @@ import json
 import pandas as pd
 import pytest
 import skops.io
+import torch
 from sklearn.datasets import load_diabetes, load_iris
 from sklearn.ensemble import RandomForestRegressor
 
 from theodolite.core.builtin import builtin
 from theodolite.core.loading import DataOptions, load_subject
+from theodolite.core.subject import Dataset, Rows, Subject
+from theodolite.networks.diagonal_ssm import S4DClassifier
 from theodolite.survey.activations.interaction_basis import flat_nodes
 from theodolite.survey.chart import load_charts
 from theodolite.survey.finding import estimate_to_json
@@ -79,6 +82,10 @@ def test_what_applies_depends_on_the_subject(subjects):
 def test_hidden_layers_are_found_by_shape():
     assert flat_nodes(builtin("digits")) == ("flatten", "relu3")
     assert flat_nodes(builtin("breast-cancer")) == ("relu1", "relu2")
+    series = Rows(torch.rand(40, 12, 1), torch.arange(40) % 2)
+    data = Dataset("series", "series", "classification", series, series, series, (), ("a", "b"))
+    network = S4DClassifier(1, 2, d_model=4, n_state=4, seed=0)  # its kernels have two axes, but no rows
+    assert flat_nodes(Subject("series", data, network)) == ()
 
 
 @pytest.mark.slow

@@ -113,7 +113,7 @@ def memory_scan(
     mixed = [replace(part, x=drawn.permuted(part.x, axis=2)) for part in parts]
     mixed_found = [_recall(mixed, _states(mixed, _kernel(best, states, 1 / memory, steps))) for memory in grid]
     needed, needed_measure, at = _needed(told, last, grid, parts[1].groups)
-    unit = "wrong" if classes else "of the spread"
+    unit = "of the rows" if classes else "of the spread"
 
     def spread(pairs: np.ndarray, unit: str, share: bool = False) -> Estimate:
         return bootstrap(

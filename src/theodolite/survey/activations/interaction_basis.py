@@ -42,10 +42,11 @@ def flat_nodes(subject: Subject) -> tuple[str, ...]:
 
     The network's output is not among them, nor what runs more than once or is wider than 2,048.
     """
-    model, seen = subject.predictor, list[tuple[str, int]]()
+    model, seen, x = subject.predictor, list[tuple[str, int]](), subject.data.train.x[:7]
 
     def note(name: str, output: object) -> None:
-        if isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] > 1:
+        # a kernel or a mixing matrix has two axes too, but none of them is the rows
+        if isinstance(output, Tensor) and output.ndim == 2 and len(output) == len(x) and output.shape[1] > 1:
             seen.append((name, output.shape[1]))
 
     with ExitStack() as stack:
@@ -55,7 +56,7 @@ def flat_nodes(subject: Subject) -> tuple[str, ...]:
                 stack.callback(handle.remove)
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(torch.no_grad())
-        model(subject.data.train.x[:2])
+        model(x)
     order = [name for name, width in seen[:-1] if width <= _WIDEST]
     once = [name for name in order if order.count(name) == 1]
     nonlinear = [name for name in once if not isinstance(model.get_submodule(name), nn.Linear)]

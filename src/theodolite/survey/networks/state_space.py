@@ -121,7 +121,7 @@ def _inside(subject: Subject, budget: Budget) -> Finding:
         reading="Every channel of a state space layer is a sum of damped oscillators. Top left: their eigenvalues, pale where "
         "they started; height is frequency, distance to the left of 0 is decay. Top right: the strongest channels' kernels, "
         "the weight of an input by its age. Bottom left: the fewest steps that hold 95 % of a kernel's energy. Bottom right: "
-        "the score on validation rows when kernels keep only their newest steps, and when they keep as many at random.",
+        "the score on validation rows when kernels keep only their newest steps (blue), and as many at random (orange).",
         advice=_inside_advice(median, longest, cut, whole),
         seed=budget.seed,
         caveats=(
