@@ -28,6 +28,13 @@ class LocalModel(LanguageModel):
         self._memory = memory
         self._loaded: tuple[Any, Any] | None = None
 
+    @classmethod
+    def of(cls, name: str, model: Any, tokenizer: Any) -> "LocalModel":
+        """A model that is loaded already; its answers are not kept, since its weights may change."""
+        made = cls(name)
+        made._loaded = (model, tokenizer)
+        return made
+
     def _identity(self) -> dict[str, Any]:
         return {"local": self.name}
 

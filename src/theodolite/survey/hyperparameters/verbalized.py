@@ -15,9 +15,10 @@ from theodolite.core.subject import Rows, Subject
 from theodolite.hyperparameters.verbalized import Candidate, Update, VerbalizedClassifier, reference_scores
 from theodolite.language import ENDPOINT, MODEL, LanguageModel, connect, named_model
 from theodolite.language.pretrained import WHEELS
-from theodolite.survey.chart import Budget, Needs, chart, seconds
+from theodolite.survey.chart import Budget, Needs, chart
 from theodolite.survey.figures import INKS, blank
 from theodolite.survey.finding import Finding
+from theodolite.survey.hyperparameters.learner import forecast_of_learner, not_a_learner, what_it_learns
 
 _TRAIN, _JUDGE, _TEST = 30, 20, 40
 _WORDS, _MOST_CLASSES, _MOST_COLUMNS, _SHOWN = 40, 20, 40, 160
@@ -26,6 +27,10 @@ _TASK = "Classify the input."
 
 def _refusal(subject: Subject) -> str | None:
     data = subject.data
+    if subject.is_language_model:
+        return not_a_learner(subject)
+    if min(map(len, data.parts.values())) < _JUDGE:
+        return f"needs at least {_JUDGE} rows in each part of the data"
     if len(data.classes) > _MOST_CLASSES:
         return f"reads up to {_MOST_CLASSES} classes; these data have {len(data.classes)}"
     if data.modality == "text" and not data.features:
@@ -55,11 +60,15 @@ class _Learned:
 
 @chart(
     "verbalized-learning",
-    needs=Needs(modalities=("text", "tabular"), task="classification", rows=_JUDGE, test=_refusal),
-    cost=seconds(45),
+    needs=Needs(language_model=None, modalities=("text", "tabular"), task="classification", rows=1, test=_refusal),
+    cost=lambda subject: forecast_of_learner(subject) if subject.is_language_model else 45.0,
 )
 def verbalized_learning(subject: Subject, budget: Budget) -> Finding:
-    """Accuracy of a language model that reads a description, beside what it does without and what counting words does."""
+    """Accuracy of a language model that reads a description, beside what it does without and what counting words does; of a
+    subject that is a language model, what it takes in of rules and examples.
+    """
+    if subject.is_language_model:
+        return what_it_learns(subject, budget)
     data, place = subject.data, named_model()
     learner = connect(*place) if place else connect()
     parts = [rows.head(n) for rows, n in ((data.train, _TRAIN), (data.validation, _JUDGE), (data.test, _TEST))]
