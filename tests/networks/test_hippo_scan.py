@@ -52,7 +52,7 @@ def test_where_the_last_value_tells_all_no_memory_is_needed():
 
 def test_classes_are_told_by_the_share_of_wrong_ones():
     found = memory_scan(echo(12, classes=2))
-    assert found.needed_error.unit == "wrong"
+    assert found.needed_error.unit == "of the rows"
     assert found.needed_error.high < found.last_error.low
     assert found.target.shape == (3, len(found.memory_steps))
     assert ((found.target >= 0) & (found.target <= 1)).all()
@@ -152,7 +152,7 @@ def test_a_plain_table_is_scanned(waves):
     found = json.loads(answer.stdout)
     assert found["series"] == "wave"
     assert found["windows"].endswith("of 40 steps")
-    assert found["dt"] == 1 / found["memory_needed"]
+    assert found["dt"] == pytest.approx(1 / found["memory_needed"], rel=0.01)
     assert found["error_from_that_memory"]["high"] < found["error_from_the_last_value"]["low"]
     assert "The next value needs" in found["finding"]
     assert len(found["legs_by_memory"]) == len(found["fout_by_memory"]) > 3
