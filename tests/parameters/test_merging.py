@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from theodolite.core.errors import InputError, MissingExtraError, ModelError
+from theodolite.core.errors import InputError, ModelError
 from theodolite.language.pretrained import load_decoder, model_folder
 from theodolite.parameters.merging import (
     METHODS,
@@ -649,7 +649,7 @@ def test_a_flat_fitness_is_warned_of():
         evolve_weights(sources, lambda m: 0.5, base=base, max_evaluations=40, baselines=())
 
 
-def test_wrong_options_of_the_search_are_told(monkeypatch):
+def test_wrong_options_of_the_search_are_told():
     sources, base, _, fitness = planted()
 
     def run(**options):
@@ -679,9 +679,6 @@ def test_wrong_options_of_the_search_are_told(monkeypatch):
         run(batch_evaluate=lambda states: [0.0])
     with pytest.raises(InputError, match="space is one of"):
         evolve(sources, fitness, space="all")
-    monkeypatch.setitem(__import__("sys").modules, "cma", None)
-    with pytest.raises(MissingExtraError, match=r"theodolite\[search\]"):
-        run()
 
 
 def test_random_search_is_the_best_of_its_draws():

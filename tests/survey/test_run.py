@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 import pytest
 
 from theodolite.core.builtin import builtin
-from theodolite.core.errors import DataError, DiskError, InputError, ModelError
+from theodolite.core.errors import DataError, DiskError, InputError, MissingExtraError, ModelError
 from theodolite.core.estimate import Comparison, Control, Estimate, proportion
 from theodolite.survey import plan as plan_module
 from theodolite.survey import run as run_module
@@ -112,6 +112,19 @@ def test_what_does_not_fit_the_budget_is_skipped_and_done_later(subject, charts,
     assert state["skipped"][0]["slug"] == SECOND
     later = survey(subject, tmp_path, budget=60)
     assert later["skipped"] == []
+    assert (tmp_path / "findings" / f"{SECOND}.json").exists()
+
+
+def test_a_chart_without_its_optional_package_is_skipped_not_failed(subject, charts, tmp_path):
+    made, _ = charts
+
+    def lacking(subject, budget):
+        raise MissingExtraError("ot is not installed; it comes with: pip install 'theodolite[data]'")
+
+    replace_draw(made, FIRST, lacking)
+    state = survey(subject, tmp_path)
+    assert state["failed"] == []
+    assert [(one["slug"], "theodolite[data]" in str(one)) for one in state["skipped"]] == [(FIRST, True)]
     assert (tmp_path / "findings" / f"{SECOND}.json").exists()
 
 

@@ -19,7 +19,6 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from theodolite.core.curve import SmallestDimension
-from theodolite.core.errors import require
 from theodolite.core.estimate import Estimate, mean_of_runs, proportion
 from theodolite.core.sources import find_data
 from theodolite.core.train import Recipe, accuracy, train
@@ -460,7 +459,8 @@ def _pole_start(seed: int) -> Tensor:
 
 
 def _pole(scale: Scale, seed: int, mnist: dict[int, float]) -> Claim:
-    cma = require("cma", "dev")
+    import cma
+
     runs, dimensions = (5, (1, 2, 4, 8)) if scale is Scale.FULL else (3, (1, 8))
     generator = np.random.default_rng(seed)
     searches = []

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from theodolite.catalog import CATALOG
-from theodolite.core.errors import DiskError, InputError, ModelError, TheodoliteError
+from theodolite.core.errors import DiskError, InputError, MissingExtraError, ModelError, TheodoliteError
 from theodolite.core.memory import DEFAULT_BUDGET, peak_memory
 from theodolite.core.parallel import one_thread
 from theodolite.core.subject import Subject
@@ -32,7 +32,9 @@ _CHART_ERRORS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one step: "found" now, "kept" from an earlier run, "failed", or "skipped" for lack of time."""
+    """What became of one step: "found" now, "kept" from an earlier run, "failed", or "skipped" for lack of time or of an
+    optional package.
+    """
 
     step: Step
     state: Literal["found", "kept", "failed", "skipped"]
@@ -159,6 +161,8 @@ def _one(
         finding = measure(step.slug, asking, seed=seed, memory=memory)  # as its line of Python does
     except DiskError:
         raise
+    except MissingExtraError as error:  # nothing went wrong: the user has not installed what this chart needs
+        return Outcome(step, "skipped", str(error))
     except _CHART_ERRORS as error:
         return Outcome(step, "failed", f"{type(error).__name__}: {error}", time.perf_counter() - started)
     call = f"theodolite.measure({step.slug!r}, subject{f', seed={seed}' if seed else ''})"

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from theodolite.core.errors import InputError, ModelError, require
+from theodolite.core.errors import InputError, ModelError
 
 Evaluate = Callable[[np.ndarray], np.ndarray]
 
@@ -125,7 +125,8 @@ def cma_search(
         raise InputError(
             f"max_evaluations={max_evaluations} is too few: the start and the sources take {len(seeds)}, a generation {size}"
         )
-    cma = require("cma", "search")
+    import cma  # slow to import, and only the search needs it
+
     record = _Record(evaluate)
     record(np.stack(seeds))
     draw = np.random.default_rng(seed)
@@ -155,7 +156,7 @@ def cma_search(
             break  # the rest of the budget: a part of a generation teaches the strategy nothing
         floor = record.worst if math.isfinite(record.worst) else 0.0
         strategy.tell(asked, list(-np.where(np.isfinite(values), values, floor)))
-        if _FATAL & set(strategy.stop()):
+        if _FATAL & set(strategy.stop() or ()):
             break
     return record.result()
 
