@@ -76,7 +76,9 @@ class SubjectFlags:
         ),
     ] = None
     test: Annotated[str | None, typer.Option(help="a second file with the test rows")] = None
-    missing: Annotated[str | None, typer.Option(help="what to do with missing values: error, drop or median")] = None
+    missing: Annotated[
+        str | None, typer.Option(help="what to do with missing values: error, drop, median, or last (of a series)")
+    ] = None
     scale: Annotated[str | None, typer.Option(help="columns as they are (none) or standardised (standard)")] = None
     text: Annotated[str | None, typer.Option(help="name of the text column")] = None
     header: Annotated[

@@ -86,7 +86,7 @@ def backwards():
         (table(), {"target": "power"}, DataError, "no such column"),
         (table(), {"target": None}, DataError, "--target"),
         (table(60), {}, DataError, "smaller --window"),
-        (table(heat=[np.nan] + [0.5] * 399), {}, DataError, "--missing median"),
+        (table(heat=[np.nan] + [0.5] * 399), {}, DataError, "--missing last"),
         (table(heat=[np.nan] + [0.5] * 399), {"missing": "drop"}, DataError, "no time of a series can be left out"),
         (table(), {"task": "classification"}, InputError, "forecasts a number"),
         (table(), {"test": "other.csv"}, Exception, "other.csv"),
@@ -103,10 +103,15 @@ def test_a_window_without_a_series_or_too_short_is_told():
             DataOptions(**options)
 
 
-def test_missing_values_are_filled_in_where_asked(tmp_path):
-    data = loaded(tmp_path, table(heat=[np.nan] * 3 + [0.5] * 397), missing="median", scale="none").data
-    assert any("filled in" in note for note in data.notes)
-    assert bool((data.train.x[:, :, 1] == 0.5).all())
+def test_missing_values_are_the_ones_before(tmp_path):
+    heat = np.arange(400.0)
+    heat[[0, 7, 8]] = np.nan
+    data = loaded(tmp_path, table(heat=heat), missing="last", scale="none").data
+    assert any("value before" in note for note in data.notes)
+    first = data.train.x[data.train.x[:, 1, 1].argmin(), :10, 1]  # the earliest window
+    assert first.tolist() == [1, 1, 2, 3, 4, 5, 6, 6, 6, 9]
+    with pytest.raises(InputError, match="only the times of a --series"):
+        DataOptions(missing="last")
 
 
 @pytest.mark.parametrize("channels", [None, 3])

@@ -17,11 +17,12 @@ class DataOptions:
     """What settles a question that the data leave open; every field is a flag of the command line.
 
     target: name of the label column. task: "classification" or "regression". test: a second file with the test rows.
-    missing: "error", "drop" (leave out rows with a missing value) or "median" (fill in the median, or the commonest
-    level, of the training rows). scale: "none" or "standard"; not given, columns are standardised for a network that is
-    trained here and left alone for a model that comes trained. text: name of the text column. header: whether the first
-    line of a CSV holds names. max_rows: rows kept of larger data, drawn uniformly. image_size: side in pixels. series: the
-    rows of a table are times in their order, the rows of an array are series. window: steps of a table's windows (96).
+    missing: "error", "drop" (leave out rows with a missing value), "median" (fill in the median, or the commonest
+    level, of the training rows) or, of a series, "last" (the value before goes on). scale: "none" or "standard"; not given,
+    columns are standardised for a network that is trained here and left alone for a model that comes trained. text: name of
+    the text column. header: whether the first line of a CSV holds names. max_rows: rows kept of larger data, drawn
+    uniformly. image_size: side in pixels. series: the rows of a table are times in their order, the rows of an array are
+    series. window: steps of a table's windows (96).
     """
 
     target: str | None = None
@@ -40,12 +41,14 @@ class DataOptions:
     def __post_init__(self) -> None:
         allowed = {
             "task": ("classification", "regression"),
-            "missing": ("error", "drop", "median"),
+            "missing": ("error", "drop", "median", "last"),
             "scale": ("none", "standard"),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in (None, *values):
                 raise InputError(f"--{name} is one of {', '.join(values)}; got {getattr(self, name)!r}")
+        if self.missing == "last" and not self.series:
+            raise InputError("--missing last carries the value before on, which only the times of a --series have")
         if self.max_rows < 10:
             raise InputError(f"--max-rows must be at least 10, got {self.max_rows}")
         if self.image_size is not None and not 4 <= self.image_size <= 2048:

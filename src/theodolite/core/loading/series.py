@@ -44,7 +44,7 @@ def table_series(name: str, source: Source, options: DataOptions, wanted: Wanted
     table = find_columns(frame[[target, *(c for c in frame.columns if c not in (target, timed))]])
     if not table.columns or table.columns[0].name != target or table.columns[0].kind != "numeric":
         raise DataError(f"{name}: a forecast needs numbers in the column {target!r}")
-    filled = _filled(name, table, options)
+    table, filled = _filled(name, table, options)
     window, total = options.window or _WINDOW, len(table.values)
     borders = _borders(name, total, window)
     standardise = options.scale == "standard" or (options.scale is None and not wanted.trained)
@@ -84,17 +84,19 @@ def _in_order(name: str, frame: pd.DataFrame) -> str | None:
     return None
 
 
-def _filled(name: str, table: Table, options: DataOptions) -> tuple[str, ...]:
+def _filled(name: str, table: Table, options: DataOptions) -> tuple[Table, tuple[str, ...]]:
+    """The table without gaps: each value that is missing is the last one before it, or the first of all; and a note."""
     gone = {column.name: column.missing for column in table.columns if column.missing}
     if not gone:
-        return ()
+        return table, ()
     shown = ", ".join(f"{column!r} in {count:,}" for column, count in list(gone.items())[:6])
-    if options.missing != "median":
+    if options.missing != "last":
         raise DataError(
             f"{name}: missing, of {len(table.values):,} times: {shown}; no time of a series can be left out, "
-            "--missing median fills in the training times' median"
+            "--missing last carries the value before on"
         )
-    return (f"missing values filled in with the training times' median ({shown})",)
+    values = pd.DataFrame(table.values).ffill().bfill().to_numpy()
+    return replace(table, values=values), (f"missing values filled in with the value before ({shown})",)
 
 
 def _borders(name: str, total: int, window: int) -> dict[str, tuple[int, int]]:

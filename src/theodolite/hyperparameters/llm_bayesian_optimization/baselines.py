@@ -14,6 +14,7 @@ __all__ = [
 ]
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,8 +57,9 @@ class _WithStart(Optimizer):
             return dict(self.initial[len(self.trials)])
         return self._choose()
 
+    @abstractmethod
     def _choose(self) -> Config:
-        raise NotImplementedError
+        """The configuration after the initial ones."""
 
 
 class RandomSearch(_WithStart):

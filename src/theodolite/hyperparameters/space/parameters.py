@@ -3,6 +3,7 @@
 __all__ = ["Categorical", "Float", "Int", "Ordinal", "Parameter", "number"]
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -137,71 +138,19 @@ class Float:
 
 
 @dataclass(frozen=True)
-class Ordinal:
-    """One of several numbers, in the order in which they are given."""
+class _Listed(ABC):
+    """One of several values."""
 
     values: tuple[Any, ...]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", tuple(self.values))
-        _check_values(self.values)
-        for value in self.values:
-            number(value)
+        if len(self.values) < 2 or any(a == b for i, a in enumerate(self.values) for b in self.values[:i]):
+            raise InputError(f"need at least two different values, got {self.values!r}")
 
+    @abstractmethod
     def check(self, value: Any) -> Any:
         """The member that the value equals; InputError where it is none."""
-        found = number(value)
-        for member in self.values:
-            if math.isclose(found, member, rel_tol=1e-9, abs_tol=0):
-                return member
-        raise InputError(f"{value!r} is not one of {', '.join(map(str, self.values))}")
-
-    def from_unit(self, u: float) -> Any:
-        """The value at u in [0, 1]."""
-        return self.values[min(len(self.values) - 1, max(0, int(u * len(self.values))))]
-
-    def to_unit(self, value: Any) -> float:
-        """The middle of what `from_unit` maps to the value."""
-        return (self.index(value) + 0.5) / len(self.values)
-
-    def index(self, value: Any) -> int:
-        """The place of the value."""
-        return self.values.index(self.check(value))
-
-    def text(self, value: Any) -> str:
-        """As it is written in a prompt."""
-        return str(self.check(value))
-
-    def parse(self, text: str) -> Any:
-        """The value that was written; InputError where it is none of these."""
-        return self.check(_read_number(text))
-
-    def describe(self) -> str:
-        """The values in words."""
-        return f"one of {', '.join(map(str, self.values))} (in this order)"
-
-
-@dataclass(frozen=True)
-class Categorical:
-    """One of several values without an order: texts, numbers, True and False, None."""
-
-    values: tuple[Any, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "values", tuple(self.values))
-        _check_values(self.values)
-        if len({str(value) for value in self.values}) < len(self.values):
-            raise InputError(f"two values are written alike: {', '.join(map(repr, self.values))}")
-
-    def check(self, value: Any) -> Any:
-        """The member that the value equals, of its own type; InputError where it is none."""
-        for member in self.values:
-            if value is member or (type(value) is type(member) and value == member):
-                return member
-        for member in self.values:  # a number from an array, but not 1 for True
-            if not isinstance(value, (bool, np.bool_)) and not isinstance(member, bool) and value == member:
-                return member
-        raise InputError(f"{value!r} is not one of {', '.join(map(str, self.values))}")
 
     def from_unit(self, u: float) -> Any:
         """The value at u in [0, 1]."""
@@ -220,6 +169,52 @@ class Categorical:
         """As it is written in a prompt."""
         return str(self.check(value))
 
+
+@dataclass(frozen=True)
+class Ordinal(_Listed):
+    """One of several numbers, in the order in which they are given."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for value in self.values:
+            number(value)
+
+    def check(self, value: Any) -> Any:
+        """The member that the value equals; InputError where it is none."""
+        found = number(value)
+        for member in self.values:
+            if math.isclose(found, member, rel_tol=1e-9, abs_tol=0):
+                return member
+        raise InputError(f"{value!r} is not one of {', '.join(map(str, self.values))}")
+
+    def parse(self, text: str) -> Any:
+        """The value that was written; InputError where it is none of these."""
+        return self.check(_read_number(text))
+
+    def describe(self) -> str:
+        """The values in words."""
+        return f"one of {', '.join(map(str, self.values))} (in this order)"
+
+
+@dataclass(frozen=True)
+class Categorical(_Listed):
+    """One of several values without an order: texts, numbers, True and False, None."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len({str(value) for value in self.values}) < len(self.values):
+            raise InputError(f"two values are written alike: {', '.join(map(repr, self.values))}")
+
+    def check(self, value: Any) -> Any:
+        """The member that the value equals, of its own type; InputError where it is none."""
+        for member in self.values:
+            if value is member or (type(value) is type(member) and value == member):
+                return member
+        for member in self.values:  # a number from an array, but not 1 for True
+            if not isinstance(value, (bool, np.bool_)) and not isinstance(member, bool) and value == member:
+                return member
+        raise InputError(f"{value!r} is not one of {', '.join(map(str, self.values))}")
+
     def parse(self, text: str) -> Any:
         """The value that was written; InputError where it is none of these."""
         written = text.strip().strip("\"'")
@@ -234,11 +229,6 @@ class Categorical:
 
 
 Parameter = Int | Float | Ordinal | Categorical
-
-
-def _check_values(values: tuple[Any, ...]) -> None:
-    if len(values) < 2 or any(values[i] == values[j] for i in range(len(values)) for j in range(i)):
-        raise InputError(f"need at least two different values, got {values!r}")
 
 
 def _read_number(text: str) -> float:

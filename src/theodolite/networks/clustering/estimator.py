@@ -424,7 +424,7 @@ class TELL(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
         good = torch.isfinite(rows).reshape(len(rows), -1).all(dim=1)
         if not bool(good.all()):
             raise DataError(
-                f"X holds NaN or infinite values (inf), first in row {int((~good).nonzero()[0])}; leave out or fill those rows"
+                f"X holds NaN or infinite values, first in row {int((~good).nonzero()[0])}; leave out or fill those rows"
             )
         if reset:
             self.input_shape_, self.n_features_in_ = tuple(rows.shape[1:]), math.prod(rows.shape[1:])

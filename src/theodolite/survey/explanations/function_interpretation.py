@@ -31,7 +31,7 @@ _WIDE = 0.1  # of the range: narrower exceptions are small print
 
 @dataclass(frozen=True, eq=False)
 class _Unit:
-    """One output along one column, the others at their medians."""
+    """One output along one column, in the units of its file, the others at their medians."""
 
     name: str
     low: float
@@ -40,10 +40,11 @@ class _Unit:
     output: int
     view: Any
     base: torch.Tensor
+    scaling: tuple[float, float]
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         rows = self.base.repeat(len(x), 1)
-        rows[:, self.column] = torch.as_tensor(x, dtype=rows.dtype)
+        rows[:, self.column] = torch.as_tensor((x - self.scaling[0]) / self.scaling[1], dtype=rows.dtype)
         return self.view(rows)[:, self.output].double().numpy()
 
 
@@ -65,7 +66,9 @@ def _units(subject: Subject) -> list[_Unit]:
         output = int(np.argmax(moved))
         if moved[output] > _FLAT:
             what = subject.data.classes[output] if subject.data.classes else "the prediction"
-            unit = _Unit(f"{what} by {names[i]}", float(ends[0, i]), float(ends[1, i]), int(i), output, view, base)
+            shift, scale = subject.data.scaling[i] if subject.data.scaling else (0.0, 1.0)
+            low, high = (shift + scale * float(end) for end in ends[:, i])
+            unit = _Unit(f"{what} by {names[i]}", low, high, int(i), output, view, base, (shift, scale))
             found.append((float(moved[output]), unit))
     return [unit for _, unit in sorted(found, key=lambda pair: -pair[0])[:_UNITS]]
 
@@ -184,7 +187,10 @@ def _advice(units: list[_Unit], told: list[Interpretation], r2: np.ndarray) -> s
     poor = [unit.name for unit, score in zip(units, r2, strict=True) if score <= _GOOD]
     if poor:
         return f"No short formula holds for {poor[0]}: read that curve itself, not a sentence about it."
-    return "The curves follow short formulas: read them in the panels, and check them on a row that matters to you."
+    return (
+        "The curves follow short formulas, which theodolite.explanations.function_interpretation.interpret gives as code; check "
+        "them on a row that matters to you."
+    )
 
 
 def _figure(

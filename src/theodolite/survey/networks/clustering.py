@@ -251,7 +251,7 @@ def _third(subject: Subject) -> tuple[str, str]:
     if subject.data.modality == "image":
         return (
             "wall",
-            "a row of test images for each cluster, those nearest to its centre first (decoded centre leftmost, if any)",
+            "a column of test images for each cluster, those nearest to its centre first (the decoded centre on top, if any)",
         )
     if subject.data.modality == "tabular" and subject.data.features:
         return (
@@ -287,6 +287,7 @@ def _figure(
     kind = _third(subject)[0]
     if kind == "wall":
         _heat(figure, _wall(subject, model, space, codes), None, None, (2, 1), "Greys_r")
+        figure.update_yaxes(scaleanchor="x3", constrain="domain", row=2, col=1)  # pixels are square
     elif kind == "columns":
         x, x_test = _scaled_inputs(subject)
         means = np.stack(
@@ -344,14 +345,14 @@ def _wall(subject: Subject, model: TELL, space: _Space, codes: np.ndarray) -> np
     """The nearest test images of the first clusters, grey, after the decoded centre where there is one."""
     images = subject.data.test.x[:_TEST].numpy()
     pictures = None if model.encoder is None else model.decoded_centers_
-    rows = []
+    between, columns = float(images.min() + images.max()) / 2, []
     for center in range(min(_WALL, model.n_clusters)):
         nearest = np.argsort(np.linalg.norm(codes - model.cluster_centers_[center], axis=1), kind="stable")[:_SHOWN]
         shown = [_grey(images[i]) for i in nearest.tolist()]
         if pictures is not None:
             shown.insert(0, _grey(pictures[center]))
-        rows.append(np.concatenate(shown, axis=1))
-    return np.concatenate(rows, axis=0)
+        columns.append(np.concatenate([np.pad(one, 1, constant_values=between) for one in shown], axis=0))
+    return np.concatenate(columns, axis=1)
 
 
 def _grey(image: np.ndarray) -> np.ndarray:
