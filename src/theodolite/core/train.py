@@ -1,10 +1,11 @@
 """One small trainer for everything that trains here, and ensembles of it in one batched run."""
 
-__all__ = ["Ensemble", "Recipe", "TrainLog", "accuracy", "train", "train_ensemble"]
+__all__ = ["Ensemble", "Recipe", "TrainLog", "accuracy", "seeded", "train", "train_ensemble"]
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -60,6 +61,17 @@ class TrainLog:
     loss: tuple[float, ...]
     validation_loss: tuple[float, ...]
     stopped_early: bool
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Random numbers of torch from ``seed`` inside the block, and from where they were after it; None changes nothing."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def loss_function(name: Loss) -> Callable[[Tensor, Tensor], Tensor]:

@@ -16,9 +16,8 @@ import hashlib
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsInt
@@ -33,6 +32,7 @@ from theodolite.core.curve import QualityCurve
 from theodolite.core.errors import InputError, ModelError
 from theodolite.core.functional import call_with, tensor_places
 from theodolite.core.parallel import open_pool, spread
+from theodolite.core.train import seeded
 from theodolite.parameters.coordinate_files import fingerprint, read_coordinates, restore_buffers, write_coordinates
 from theodolite.parameters.reparametrization import KINDS, make_projection
 from theodolite.parameters.weights import as_patterns, matches
@@ -181,7 +181,7 @@ def _same_start(path: str | Path, build: Callable[..., nn.Module], about: dict[s
     for seed in dict.fromkeys(attempts):
         if not _accepts(build, seed):
             continue
-        with _seeded(about["start_seed"]):
+        with seeded(about["start_seed"]):
             module = build() if seed is None else build(seed)
         names = _trainable_names(module, about["include"], about["exclude"])
         size = sum(parameter.numel() for name, parameter in module.named_parameters() if name in set(names))
@@ -202,14 +202,6 @@ def _accepts(build: Callable[..., nn.Module], seed: int | None) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Draw from ``seed`` inside the block, and go on as before after it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def _name_hash(names: Sequence[str]) -> str:
@@ -327,7 +319,7 @@ def measure_intrinsic_dimension(
         raise InputError(f'baseline is "direct" or a number, got {baseline!r}')
     if not isinstance(baseline, str):
         _check_reference(baseline, threshold)
-    with _seeded(seeds[0]):  # the largest d is tried on: whatever cannot be built fails before anything is trained
+    with seeded(seeds[0]):  # the largest d is tried on: whatever cannot be built fails before anything is trained
         total = SubspaceModel(_start(build, seeds[0]), grid[-1], projection=projection, seed=seeds[0]).total_dimension
 
     with open_pool(executor) as pool:
@@ -382,7 +374,7 @@ def _run(
     train: bool,
 ) -> float:
     """Quality of one run in d dimensions; None is all of them, without a subspace."""
-    with _seeded(seed):
+    with seeded(seed):
         module = _start(build, seed)
         if d is not None:
             module = SubspaceModel(module, d, projection=projection, seed=seed)

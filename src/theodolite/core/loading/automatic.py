@@ -7,13 +7,11 @@ __all__ = [
     "SeriesNetwork",
     "TableNetwork",
     "default_recipe",
-    "seeded",
     "train_made",
 ]
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +22,7 @@ from theodolite.core.errors import ModelError
 from theodolite.core.loading.data import Loaded
 from theodolite.core.loading.options import Wanted
 from theodolite.core.subject import Dataset
-from theodolite.core.train import Loss, Recipe, loss_function, train
+from theodolite.core.train import Loss, Recipe, loss_function, seeded, train
 from theodolite.core.view import ModelView, evaluation_mode
 
 
@@ -37,14 +35,6 @@ class Made:
     build: Callable[[int], nn.Module] | None = None
     recipe: Recipe | None = None
     notes: tuple[str, ...] = ()
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Random numbers of torch from ``seed`` inside the block, and from where they were after it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 class TargetScale(nn.Module):

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from theodolite.core.errors import InputError, ModelError, TheodoliteError, UnsafeFileError
-from theodolite.core.loading.automatic import Made, default_recipe, seeded, train_made
+from theodolite.core.loading.automatic import Made, default_recipe, train_made
 from theodolite.core.loading.data import Loaded
 from theodolite.core.loading.options import Wanted
+from theodolite.core.train import seeded
 
 # what code of a user's may raise when it is imported or called
 _FAILURES = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError,

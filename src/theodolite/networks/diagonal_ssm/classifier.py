@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from theodolite.core.errors import InputError
-from theodolite.networks.diagonal_ssm.kernel import seeded
+from theodolite.core.train import seeded
 from theodolite.networks.diagonal_ssm.layer import S4D
 
 

@@ -1,10 +1,8 @@
 """The kernel of a diagonal state space model: damped oscillators, summed on a grid of steps in two levels of powers."""
 
-__all__ = ["DiagonalSSMKernel", "seeded"]
+__all__ = ["DiagonalSSMKernel"]
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import ClassVar
 
 import numpy as np
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from theodolite.core.errors import InputError, ModelError
+from theodolite.core.train import seeded
 from theodolite.networks.diagonal_ssm.spectrum import check_states, initial_input, initial_spectrum
 
 _DISCRETIZATIONS = ("zoh", "bilinear", "dss")
@@ -214,17 +213,6 @@ class DiagonalSSMKernel(nn.Module):
                 )
             Bbar = Bbar / _expm1(z * length)
         return z, Bbar
-
-
-@contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """Draw from torch's generator as ``seed`` sets it inside the block and leave it as it was; None changes nothing."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def _untransformed(real: Tensor, transform: str) -> Tensor:

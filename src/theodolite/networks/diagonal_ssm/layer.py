@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Complex, Float, Shaped
-from scipy.fft import next_fast_len
 from torch import Tensor, nn
 
+from theodolite.core.convolution import causal_convolution
 from theodolite.core.errors import InputError
-from theodolite.networks.diagonal_ssm.kernel import DiagonalSSMKernel, seeded
+from theodolite.core.train import seeded
+from theodolite.networks.diagonal_ssm.kernel import DiagonalSSMKernel
 
 
 class S4D(nn.Module):
@@ -173,20 +174,6 @@ class Recurrence(nn.Module):
         """The output for one sample, and the next state."""
         state = torch.view_as_complex(self.A) * state + torch.view_as_complex(self.B) * u[..., None]
         return (torch.view_as_complex(self.C) * state).real.sum(dim=-1) + self.D * u, state
-
-
-def causal_convolution(
-    u: Float[Tensor, "batch channel length"], kernel: Float[Tensor, "channel length"]
-) -> Float[Tensor, "batch channel length"]:
-    """y_l = sum_(m <= l) kernel_m u_(l-m), by FFT over at least 2L - 1 points, so that nothing wraps round.
-
-    >>> causal_convolution(torch.tensor([[[1.0, 0.0, 2.0]]]), torch.tensor([[1.0, 0.5, 0.25]])).round(decimals=4).tolist()
-    [[[1.0, 0.5, 2.25]]]
-    """
-    length = u.shape[-1]
-    points = next_fast_len(2 * length, real=True)
-    spectrum = torch.fft.rfft(u, n=points) * torch.fft.rfft(kernel, n=points)
-    return torch.fft.irfft(spectrum, n=points)[..., :length]
 
 
 def ssm_parameter_groups(

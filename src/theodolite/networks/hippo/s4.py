@@ -5,9 +5,9 @@ __all__ = ["S4", "timescale_report"]
 import pandas as pd
 import torch
 from jaxtyping import Complex, Float, Shaped
-from scipy.fft import next_fast_len
 from torch import Tensor, nn
 
+from theodolite.core.convolution import causal_convolution
 from theodolite.core.errors import InputError, ModelError
 from theodolite.networks.hippo.s4_kernel import S4Kernel
 
@@ -114,9 +114,9 @@ class S4(nn.Module):
         return torch.zeros(batch, self.d_model, half, dtype=self.D.dtype.to_complex(), device=self.D.device)
 
     def _convolved(self, u: Tensor) -> Tensor:
-        y = u * self.D[:, None] + _causal_convolution(u, self.kernel(u.shape[-1]))
+        y = u * self.D[:, None] + causal_convolution(u, self.kernel(u.shape[-1]))
         if self.backward_kernel is not None:
-            y = y + _causal_convolution(u.flip(-1), self.backward_kernel(u.shape[-1])).flip(-1)
+            y = y + causal_convolution(u.flip(-1), self.backward_kernel(u.shape[-1])).flip(-1)
         return y
 
     def _check_input(self, u: Tensor, state: Tensor | None) -> None:
@@ -162,12 +162,6 @@ def timescale_report(layer: nn.Module, sequence_length: int) -> pd.DataFrame:
     return pd.DataFrame(
         {"channel": range(len(dt)), "dt": dt, "memory_steps": memory, "covers_sequence": memory >= sequence_length}
     )
-
-
-def _causal_convolution(u: Tensor, kernel: Tensor) -> Tensor:
-    """y_l = sum_(m <= l) kernel_m u_(l-m) by FFT over at least 2L - 1 points, so that nothing wraps round."""
-    points = next_fast_len(2 * u.shape[-1], real=True)
-    return torch.fft.irfft(torch.fft.rfft(u, n=points) * torch.fft.rfft(kernel, n=points), n=points)[..., : u.shape[-1]]
 
 
 def _told(value: Tensor) -> str:
