@@ -79,3 +79,13 @@ def test_the_command_tunes_keeps_its_file_and_continues(monkeypatch, tmp_path):
     assert wrong.exit_code != 0
     lost = CliRunner().invoke(app, ["run", "llm-bayesian-optimization", "--resume", str(file)])
     assert lost.exit_code != 0
+
+
+def test_a_model_that_does_not_answer_ends_the_command_and_is_not_replaced_by_chance(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = ["--subject", "breast-cancer", "--language-model", "m", "--trials", "1"]
+    with protocol_server(*[503] * 50) as server:
+        found = CliRunner().invoke(app, ["run", "llm-bayesian-optimization", *flags, "--endpoint", server.url])
+    assert found.exit_code != 0
+    assert "random" not in found.stdout
+    assert 1 <= len(server.seen) <= 10

@@ -62,7 +62,10 @@ def command(
     x, y = subject.data.train.x.double().numpy(), subject.data.train.y.numpy()
     scoring = "accuracy" if subject.data.task == "classification" else "r2"
     llm = connect(endpoint, language_model)
-    search = LLAMBO(wanted, TaskContext.from_data(estimator, x, y, scoring), llm, anonymize=anonymize, seed=flags.seed)
+    # a model that does not answer ends the search, which --resume goes on with, and is not replaced by chance unseen
+    search = LLAMBO(
+        wanted, TaskContext.from_data(estimator, x, y, scoring), llm, anonymize=anonymize, fallback="raise", seed=flags.seed
+    )  # fmt: skip
 
     def objective(config: dict[str, Any]) -> float:
         return float(np.mean(cross_val_score(with_values(estimator, config), x, y, cv=5, scoring=scoring)))
