@@ -3,14 +3,16 @@
 captum is among the tools of development. quantus and dice-ml are run where they can be imported (install them by hand with
 --no-deps: their own requirements hold back numpy and pandas), and are told as not run otherwise.
 
-quantus     PixelFlipping, one pixel a step, black: p after the i most relevant pixels went, i = 1 .. n; area by trapezoids of
-            width 1. With p(x) put before it and divided by n that is `deletion` with a step for each pixel.
+quantus     PixelFlipping, one pixel (of a real network's images 256) a step, black: p after each step, most relevant pixels
+            first. With p(x) put before it, the area by trapezoids over the share of pixels is `deletion` with as many steps.
             Average drop is in none of them; it is written here as it is defined: max(0, p(x) - p(x * m)) / p(x), one by one.
 dice-ml     its random and genetic searches for the same rows (its kd-tree took two minutes a row here), one counterfactual
-            each, with our scores of them: share that is valid, mean cost (sum of |change| in units of the training ranges) and
+            each, with our scores of them: share that is valid, that break a limit (the first four columns may not change, all
+            stay within the ranges of the training rows), mean cost (sum of |change| in units of the training ranges) and
             columns left as they were, beside our closest ones.
 
-Ratios are times of the peer over ours on the same inputs; "difference" is the largest one, in units of the largest value.
+Ratios are times of the peer over ours on the same inputs; "difference" is the largest one, in units of the largest value. Peaks
+are of resident memory beyond what the process had: ours stays within the budget of 1 GiB, whatever the batch.
 
 Run: OMP_NUM_THREADS=1 python benchmarks/explanation_peers.py [PATH]     writes explanation_peers.json beside this file, or PATH
 """
@@ -33,17 +35,25 @@ from torch import Tensor, nn
 
 from theodolite.core.attribution_metrics import attribution_scores, target_probabilities
 from theodolite.core.builtin import builtin
+from theodolite.core.memory import PeakMemory, peak_memory
+from theodolite.core.sources import find_data
 from theodolite.explanations.baseline_bandit import SplitModel, grad_cam, path_attributions, path_map
 from theodolite.explanations.counterfactuals import ClosestCounterfactual
 from theodolite.explanations.surrogate import SurrogateExplainer
+from theodolite.reproductions.efficientnet import load_network, read_images, weights_file
 
-IMAGES, STEPS, ROUNDS, ROWS = 20, 32, 3, 10
+IMAGES, STEPS, ROUNDS, ROWS, HELD = 20, 32, 3, 10, 4
+REAL_LAYER = "blocks.11:input"
 
 
-def side_by_side(ours: Callable[[], Any], peer: Callable[[], Any]) -> dict[str, float]:
-    """Largest difference of the two answers and the median ratio of their times, measured in turns."""
-    pairs, times = (np.asarray(ours(), dtype=np.float64), np.asarray(peer(), dtype=np.float64)), []
-    for _ in range(ROUNDS):
+def side_by_side(ours: Callable[[], Any], peer: Callable[[], Any], rounds: int = ROUNDS) -> dict[str, Any]:
+    """Largest difference of the two answers, the median ratio of their times, in turns, and the peaks of the first calls."""
+    pairs, peaks, times = list[np.ndarray](), list[float | None](), []
+    for call in (ours, peer):
+        with peak_memory() as peak:
+            pairs.append(np.asarray(call(), dtype=np.float64))
+        peaks.append(None if peak.bytes is None else round(peak.bytes / 2**20, 1))
+    for _ in range(rounds):
         spent = []
         for call in (peer, ours):
             start = time.perf_counter()
@@ -51,78 +61,109 @@ def side_by_side(ours: Callable[[], Any], peer: Callable[[], Any]) -> dict[str, 
             spent.append(time.perf_counter() - start)
         times.append(spent[0] / spent[1])
     largest = float(np.abs(pairs[0] - pairs[1]).max() / max(np.abs(pairs[1]).max(), 1e-30))
-    return {"difference": largest, "time, peer / ours": round(statistics.median(times), 2)}
+    ratio = round(statistics.median(times), 2)
+    return {"difference": largest, "time, peer / ours": ratio, "peak MiB, ours": peaks[0], "peak MiB, peer": peaks[1]}
 
 
-def captum(network: nn.Module, x: Tensor, target: Tensor) -> dict[str, Any]:
+def captum(network: nn.Module, x: Tensor, target: Tensor, place: str, rounds: int = ROUNDS) -> dict[str, Any]:
+    """place: the layer, as SplitModel names it; captum is given the module that "NAME:input" goes into."""
     attr = importlib.import_module("captum.attr")
-    layer = dict(network.named_modules())["relu2"]
-    inputs, inner = SplitModel(network, "input"), SplitModel(network, "relu2")
+    name, _, side = place.partition(":")
+    layer, at = dict(network.named_modules())[name], {"attribute_to_layer_input": bool(side)}
+    inputs, inner = SplitModel(network, "input"), SplitModel(network, place)
     a = inner.lower_all(x)
     integrated = attr.IntegratedGradients(network)
     cam = attr.LayerGradCam(network, layer)
 
     def scaled_cam() -> np.ndarray:
-        found = cam.attribute(x, target=target, relu_attributions=True).detach()
+        found = cam.attribute(x, target=target, relu_attributions=True, **at).detach()
         low, high = found.amin(dim=(1, 2, 3), keepdim=True), found.amax(dim=(1, 2, 3), keepdim=True)
         return ((found - low) / (high - low).clamp_min(1e-12))[:, 0].numpy()
 
     def by_layer() -> np.ndarray:
         found = attr.LayerIntegratedGradients(network, layer).attribute(
-            x, torch.zeros_like(x), target=target, n_steps=STEPS, method="riemann_right"
+            x, torch.zeros_like(x), target=target, n_steps=STEPS, method="riemann_right", **at
         )
         return found.detach().numpy()
 
     dark = inner.lower_all(torch.zeros_like(x))
     return {
-        "integrated gradients, black baseline": side_by_side(
+        "integrated gradients, zero baseline": side_by_side(
             lambda: path_attributions(inputs, x, target, torch.zeros_like(x), STEPS, "integrated").numpy(),
-            lambda: integrated.attribute(x, target=target, n_steps=STEPS, method="riemann_right").detach().numpy(),
+            lambda: integrated.attribute(x, target=target, n_steps=STEPS, method="riemann_right").detach().numpy(), rounds,
         ),
-        "layer integrated gradients, from the layer's answer to black": side_by_side(
-            lambda: path_attributions(inner, a, target, dark, STEPS, "integrated").numpy(), by_layer
+        "layer integrated gradients, from the layer's answer to zeros": side_by_side(
+            lambda: path_attributions(inner, a, target, dark, STEPS, "integrated").numpy(), by_layer, rounds
         ),
         "Grad-CAM at the layer's own size": side_by_side(
-            lambda: grad_cam(inner, x, target, tuple(a.shape[2:])).numpy(), scaled_cam
+            lambda: grad_cam(inner, x, target, (a.shape[2], a.shape[3])).numpy(), scaled_cam, rounds
         ),
-    }
+    }  # fmt: skip
 
 
 def stand_in_for_torchvision() -> None:
     """quantus imports zennit, which names blocks of torchvision on import; nothing here uses them."""
-    if importlib.util.find_spec("torchvision") is None:
+    if "torchvision" not in sys.modules and importlib.util.find_spec("torchvision") is None:
         for name in ("torchvision", "torchvision.models", "torchvision.models.resnet"):
             sys.modules.setdefault(name, types.ModuleType(name))
         for block in ("Bottleneck", "BasicBlock"):
             setattr(sys.modules["torchvision.models.resnet"], block, type(block, (), {}))
 
 
-def flipping(network: nn.Module, x: Tensor, target: Tensor) -> dict[str, Any] | str:
+def flipping(
+    network: nn.Module, x: Tensor, target: Tensor, place: str, *, black: float, at_once: int = 1, rounds: int = ROUNDS
+) -> dict[str, Any] | str:
+    """at_once: pixels a step."""
     if importlib.util.find_spec("quantus") is None:
         return "not run: quantus is not installed"
     stand_in_for_torchvision()
     metric = importlib.import_module("quantus").PixelFlipping(
-        features_in_step=1, perturb_baseline="black", disable_warnings=True
+        features_in_step=at_once, perturb_baseline=black, disable_warnings=True
     )
-    n = x[0, 0].numel()
+    steps = x[0, 0].numel() // at_once
     # no two pixels are equally relevant: which of them goes first is not defined
-    maps = path_map(SplitModel(network, "relu2"), x, target, torch.zeros(1))
+    maps = path_map(SplitModel(network, place), x, target, torch.zeros(1))
     maps = maps + 1e-4 * torch.rand(maps.shape, generator=torch.Generator().manual_seed(0))
-
-    def chances(rows: Tensor) -> np.ndarray:
-        with torch.no_grad():
-            return network(rows).softmax(dim=1)[torch.arange(len(rows)), target].double().numpy()
 
     def theirs() -> np.ndarray:
         curves = metric(
             model=network, x_batch=x.numpy(), y_batch=target.numpy(), a_batch=maps[:, None].numpy(), softmax=True
         )
-        first = x.clone()
-        first.flatten(1)[torch.arange(len(x)), maps.flatten(1).argmax(dim=1)] = 0.0
-        area = np.trapezoid(np.array(curves), dx=1, axis=1)  # its own area asks for numpy below 2
-        return (area + (chances(x) + chances(first)) / 2) / n
+        with torch.no_grad():
+            whole = network(x).softmax(dim=1)[torch.arange(len(x)), target].double().numpy()
+        return np.trapezoid(np.column_stack([whole, np.array(curves)]), axis=1) / steps
 
-    return side_by_side(lambda: attribution_scores("deletion", network, x, maps, target, steps=n).numpy(), theirs)
+    def ours() -> np.ndarray:
+        return attribution_scores("deletion", network, x, maps, target, removed=black, steps=steps).numpy()
+
+    return side_by_side(ours, theirs, rounds)
+
+
+class _Grey(nn.Module):
+    """A network asked about grey images: quantus takes out channels one by one, and here a pixel goes as a whole."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x.expand(-1, 3, -1, -1))
+
+
+def real_size() -> dict[str, Any] | str:
+    """The same on images of a real network, where batches are large: one timed call each."""
+    archive = find_data("imagenet-1000.tar")
+    if archive is None or weights_file() is None:
+        return "not run: needs imagenet-1000.tar in the folder THEODOLITE_DATA and the weights of EfficientNet-Lite0"
+    network = load_network().eval()
+    pixels = read_images(Path(str(archive)), every=250, start=0)[:4]
+    x = nn.functional.interpolate(pixels, size=(160, 160), mode="bilinear", antialias=True, align_corners=False)
+    target, _ = target_probabilities(network, x)
+    return captum(network, x, target, REAL_LAYER, 1) | {
+        "quantus's PixelFlipping, 100 steps": flipping(
+            network, x, target, REAL_LAYER, black=-1.0, at_once=256, rounds=1
+        )
+    }
 
 
 def average_drop(network: nn.Module, x: Tensor, target: Tensor) -> dict[str, Any]:
@@ -159,17 +200,26 @@ def dice(seed: int = 0) -> dict[str, Any]:
     network, span, names = _Probabilities(subject.predictor.eval()), np.ptp(train, axis=0), list(subject.data.features)
     rows = rows[network.predict(pd.DataFrame(rows)) == 0][:ROWS]
 
-    def told(points: np.ndarray, seconds: float) -> dict[str, float]:
+    held, low, high = names[:HELD], train.min(axis=0), train.max(axis=0)
+
+    def told(points: np.ndarray, seconds: float, peak: PeakMemory) -> dict[str, Any]:
+        off = np.abs(points - rows)[:, :HELD].max(axis=1) > 1e-6
+        off |= ((points < np.minimum(low, rows) - 1e-5) | (points > np.maximum(high, rows) + 1e-5)).any(axis=1)
         return {
             "valid": float((network.predict(pd.DataFrame(points)) == 1).mean()),
+            "that break a limit": int(off.sum()),
             "mean cost": round(float((np.abs(points - rows) / span).sum(axis=1).mean()), 4),
             "columns left as they were": round(float((np.abs(points - rows) < 1e-6).mean()), 3),
             "seconds a row": round(seconds / len(rows), 4),
+            "peak MiB": None if peak.bytes is None else round(peak.bytes / 2**20, 1),
         }
 
-    start = time.perf_counter()
-    found = ClosestCounterfactual(norm=1, seed=seed).fit(subject.predictor, train).generate(rows, 1)
-    out: dict[str, Any] = {"closest, ours": told(found.counterfactuals, time.perf_counter() - start)}
+    with peak_memory() as peak:
+        start = time.perf_counter()
+        method = ClosestCounterfactual(norm=1, seed=seed, names=names, immutable=held)
+        found = method.fit(subject.predictor, train).generate(rows, 1)
+        seconds = time.perf_counter() - start
+    out: dict[str, Any] = {"closest, ours": told(found.counterfactuals, seconds, peak)}
     recomputed = (np.abs(found.counterfactuals - rows) / span).sum(axis=1)
     out["our cost against the sum written out"] = {"difference": float(np.abs(found.cost - recomputed).max())}
     if importlib.util.find_spec("dice_ml") is None:
@@ -180,13 +230,17 @@ def dice(seed: int = 0) -> dict[str, Any]:
     model = peer.Model(model=network, backend="sklearn")
     for method in ("random", "genetic"):
         search = peer.Dice(data, model, method=method)
-        start, points = time.perf_counter(), []
-        more = {"random_seed": seed} if method == "random" else {}
-        for row in rows:
-            asked = pd.DataFrame(row[None], columns=names)
-            made = search.generate_counterfactuals(asked, total_CFs=1, desired_class=1, verbose=False, **more)
-            points.append(made.cf_examples_list[0].final_cfs_df[names].to_numpy(dtype=np.float64)[0])
-        out[f"dice-ml, {method}"] = told(np.stack(points), time.perf_counter() - start)
+        more: dict[str, Any] = {"random_seed": seed} if method == "random" else {}
+        with peak_memory() as peak:
+            start, points = time.perf_counter(), []
+            for row in rows:
+                asked = pd.DataFrame(row[None], columns=names)
+                made = search.generate_counterfactuals(
+                    asked, total_CFs=1, desired_class=1, verbose=False, features_to_vary=names[HELD:], **more
+                )
+                points.append(made.cf_examples_list[0].final_cfs_df[names].to_numpy(dtype=np.float64)[0])
+            seconds = time.perf_counter() - start
+        out[f"dice-ml, {method}"] = told(np.stack(points), seconds, peak)
     return out
 
 
@@ -215,8 +269,9 @@ def main() -> None:
     target, _ = target_probabilities(network, x)
     found: dict[str, Any] = {
         "name": "explanations beside captum, quantus and dice-ml; one core",
-        "captum, run": captum(network, x, target) | {"permutation importance": permutation()},
-        "quantus's PixelFlipping": flipping(network, x, target),
+        "captum, run": captum(network, x, target, "relu2") | {"permutation importance": permutation()},
+        "quantus's PixelFlipping": flipping(network, x, target, "relu2", black=0.0),
+        "EfficientNet-Lite0 at 160 px, 4 images": real_size(),
         "average drop, one by one": average_drop(network, x, target),
         "counterfactuals beside dice-ml's": dice(),
         "command": "OMP_NUM_THREADS=1 python benchmarks/explanation_peers.py",

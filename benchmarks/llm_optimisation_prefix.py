@@ -1,8 +1,8 @@
 """Predicting ten candidates by a local language model: what they share run once, or each prompt run whole.
 
 The peer is the design of the authors' code, which sends the whole prompt again for each candidate; their code itself needs an
-Azure endpoint and cannot run here. Both read the probabilities of the ten digits, so both give the same numbers. Beside it:
-milliseconds of one trial that are not the language model's, with a script in its place.
+Azure endpoint and cannot run here. Both read the probabilities of the ten digits, so both give the same numbers. Times are of
+the processor. Beside it: milliseconds of one trial that are not the language model's, with a script in its place.
 
 Run: python benchmarks/llm_optimisation_prefix.py [PATH]      writes llm_optimisation_prefix.json beside this file, or PATH
 """
@@ -34,11 +34,11 @@ def surrogate_seconds(space: SearchSpace, context: TaskContext) -> dict[str, flo
     scores = np.random.default_rng(0).uniform(0.4, 0.95, OBSERVED).tolist()
     surrogate = DiscriminativeSurrogate(space, context, llm, n_templates=1).fit(configs, scores)
     surrogate.predict(candidates[:1])  # the weights are read at the first call
-    began = time.perf_counter()
+    began = time.process_time()
     together, _ = surrogate.predict(candidates)
-    middle = time.perf_counter()
+    middle = time.process_time()
     alone = np.concatenate([surrogate.predict([candidate])[0] for candidate in candidates])
-    ended = time.perf_counter()
+    ended = time.process_time()
     return {
         "ratio, whole prompts / shared prefix": round((ended - middle) / (middle - began), 2),
         "largest difference of a predicted score": float(np.abs(together - alone).max()),

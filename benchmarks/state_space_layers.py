@@ -1,4 +1,4 @@
-"""The kernel beside its direct formula, and the layer beside torch's recurrent and convolution layers and a step loop.
+"""The kernel beside its direct formula, and the layers beside torch's recurrent and convolution layers and a step loop.
 
 Every measurement runs in a child process of its own, so that its peak of memory is its own; processor time, forward and
 backward, the least of a few rounds.
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from theodolite.core.memory import peak_memory
 from theodolite.networks.diagonal_ssm import S4D, DiagonalSSMKernel
+from theodolite.networks.hippo import S4
 
 H, N = 64, 64
 LENGTHS = (1024, 4096, 16_384, 65_536)
@@ -60,9 +61,10 @@ def kernel_call(name: str, length: int) -> Callable[[], Tensor]:
 def layer_call(name: str, length: int, batch: int) -> Callable[[], Tensor]:
     torch.manual_seed(0)
     u = torch.randn(batch, length, H)
-    s4d = S4D(H, N)
+    s4d, s4 = S4D(H, N), S4(H, N)
     calls: dict[str, Callable[[], Tensor]] = {
         "S4D": lambda: s4d(u)[0],
+        "S4, outputs alone": lambda: s4.convolve(u),
         "step loop": lambda: loop(s4d, u),
     }
     if name in calls:
@@ -106,7 +108,7 @@ def main() -> None:
         for length in LENGTHS[:2]
         for name in ("two-level kernel", "direct kernel")
     }
-    names = ("S4D", "nn.LSTM", "nn.GRU", "nn.Conv1d, 31 steps", "step loop")
+    names = ("S4D", "S4, outputs alone", "nn.LSTM", "nn.GRU", "nn.Conv1d, 31 steps", "step loop")
     fair = {
         name: measure(lambda name=name: layer_call(name, 4096, BATCH), 1 if name == "step loop" else 3)
         for name in names
@@ -118,9 +120,14 @@ def main() -> None:
                 rounds = 1 if name == "step loop" or length > 16_384 else 2
                 call = lambda name=name, length=length: layer_call(name, length, 1)  # noqa: E731
                 growth[f"{name}, L {length:,}"] = measure(call, rounds)
+    with torch.no_grad():
+        pair = [kernel_call(name, 4096)() for name in ("two-level kernel", "direct kernel")]
     ours, theirs = kernels["two-level kernel, L 4,096"], kernels["direct kernel, L 4,096"]
     last = f"L {LENGTHS[-1]:,}"
     ratios = {
+        "kernel L 4,096, largest relative difference to the direct formula": float(
+            f"{float((pair[0] - pair[1]).abs().max() / pair[1].abs().max()):.1e}"
+        ),
         "kernel L 4,096, time: direct / two-level": round(theirs["s"] / ours["s"], 1),
         "kernel L 4,096, peak memory: direct / two-level": round(theirs["MB"] / max(ours["MB"], 0.1), 1),
         **{
@@ -131,13 +138,13 @@ def main() -> None:
             f"layer {last}, batch 1, time: {name} / S4D": round(
                 growth[f"{name}, {last}"]["s"] / growth[f"S4D, {last}"]["s"], 2
             )
-            for name in names[1:4]
+            for name in names[1:5]
         },
         **{
             f"layer {last}, batch 1, memory: {name} / S4D": round(
                 growth[f"{name}, {last}"]["MB"] / growth[f"S4D, {last}"]["MB"], 2
             )
-            for name in names[1:4]
+            for name in names[1:5]
         },
         "S4D, exponent of the time in L, 1k to 64k": round(
             math.log(growth[f"S4D, {last}"]["s"] / growth["S4D, L 1,024"]["s"]) / math.log(LENGTHS[-1] / 1024), 2

@@ -32,6 +32,7 @@ class Slow(BaseHTTPRequestHandler):
     """Answers every chat with 7.00 after the delay."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are written apart; together they would wait for each other
 
     def log_message(self, *_: Any) -> None:
         """Silent."""

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are written apart; together they would wait for each other
 
     def log_message(self, *_):
         pass
@@ -18,7 +19,10 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.seen.append((self.path, body, dict(self.headers)))
         how = self.server.plan.pop(0) if self.server.plan else "ok"
-        if isinstance(how, int):
+        refusal = self.server.refuse(self.path, body)
+        if refusal is not None:
+            self._send(json.dumps({"error": refusal[1]}), refusal[0])
+        elif isinstance(how, int):
             error = {"error": {"message": f"refused, key {self.headers.get('Authorization', '')}"}}
             self._send(json.dumps(error), how, {"Retry-After": "0"})
         elif how == "slow":
@@ -46,7 +50,11 @@ class _Handler(BaseHTTPRequestHandler):
             choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
             if body.get("logprobs"):
                 pieces = re.findall(r"\s?\S+", choice["message"]["content"])
-                rows = [{"token": piece, "logprob": -0.5, "top_logprobs": []} for piece in pieces]
+                top = [{"token": token, "logprob": logprob} for token, logprob in self.server.first]
+                rows = [
+                    {"token": piece, "logprob": -0.5, "top_logprobs": top[: body.get("top_logprobs", 0)]}
+                    for piece in pieces
+                ]
                 choice["logprobs"] = {"content": rows if logprobs else []}
         else:
             pieces = re.findall(r"\s?\S+", body["prompt"])
@@ -74,13 +82,15 @@ def _reversed_words(messages):
 
 
 @contextmanager
-def protocol_server(*plan, delay=1.0, answer=_reversed_words, port=0):
+def protocol_server(*plan, delay=1.0, answer=_reversed_words, port=0, refuse=lambda path, body: None, first=()):
     """The server; ``plan`` says how it answers the first requests: "ok", a status, "slow", "half", "wrong JSON",
     "other JSON", "no logprobs"; then all is well. ``seen`` holds what was asked, ``url`` is its address.
-    answer(messages) is what it says to a chat. port: a free one where 0.
+    answer(messages) is what it says to a chat. port: a free one where 0. refuse(path, body): (status, error) of a request that
+    it does not take, None where it does. first: the likeliest first tokens of a chat, with their log-probabilities.
     """
     server = ThreadingHTTPServer(("127.0.0.1", port), _Handler)
     server.plan, server.seen, server.delay, server.answer = list(plan), [], delay, answer
+    server.refuse, server.first = refuse, list(first)
     server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()

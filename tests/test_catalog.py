@@ -19,7 +19,6 @@ TESTS = Path(__file__).parent
 # a method without a chart, and why
 CHARTLESS: dict[str, str] = {
     "intrinsic-dimension-finetuning": "a subject's network has seen its own task; what is asked is what a new task needs",
-    "pac-program-sets": "a subject holds texts; the promise needs a hundred prompts with their right programs",
     "graph-fidelity": "a subject holds arrays; graphs with explanations of their edges are not among them",
 }
 

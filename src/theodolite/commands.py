@@ -64,7 +64,7 @@ class SubjectFlags:
     data: Annotated[
         str | None,
         typer.Option(
-            help="CSV, TSV, Parquet, NPZ or JSON Lines file, folder of images by class, datasets folder; with "
+            help="CSV, TSV, Parquet, NPZ, TS or JSON Lines file, folder of images by class, datasets folder; with "
             "--task language a text file, a folder or pattern of them, or JSON Lines"
         ),
     ] = None
@@ -89,10 +89,16 @@ class SubjectFlags:
     series: Annotated[
         bool,
         typer.Option(
-            "--series", help="a table's rows are times in order: forecast --target; an array's rows are series"
+            "--series",
+            help="a table's rows are times in order: forecast --target; the rows of an array, or of a table with --task "
+            "classification, are series with a label each",
         ),
     ] = False
     window: Annotated[int | None, typer.Option(help="steps of the windows that --series cuts a table into (96)")] = None
+    domain: Annotated[
+        str | None,
+        typer.Option(help="column of a table that names each row's domain (site, shop, week); no input of the model"),
+    ] = None
     epochs: Annotated[int | None, typer.Option(help="epochs of one training of a factory's network")] = None
     seed: Seed = 0
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.datasets import load_iris
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from theodolite.core import attribution_metrics as am
@@ -190,3 +192,20 @@ def test_errors_say_what_was_given():
         am.adp(net(), x, m, removed=math.nan)
     with pytest.raises(InputError, match="can be blurred"):
         am.adp(share, torch.ones(2, 4), torch.ones(2, 4), 0, removed="blur")
+
+
+def test_classes_by_name_and_whole_numbers_are_taken():
+    x, y = load_iris(return_X_y=True)
+    names = np.array(["a", "b", "c"])[y]
+    model, maps = LogisticRegression(max_iter=500).fit(x, names), np.random.default_rng(0).random((5, 4))
+    assert am.deletion(model, x[:5], maps, "b") == am.deletion(model, x[:5], maps, 1)
+    assert am.deletion(model, x[48:53], maps, names[48:53]) == am.deletion(
+        model, x[48:53], maps, torch.as_tensor(y[48:53])
+    )
+    with pytest.raises(InputError, match="target names z; the model's classes are a, b, c"):
+        am.deletion(model, x[:5], maps, "z")
+    with pytest.raises(InputError, match="not named"):
+        am.deletion(nn.Linear(4, 3), torch.ones(2, 4), torch.rand(2, 4), ["a", "b"])
+    whole = torch.randint(0, 4, (3, 4))  # a half-kept 3 is 1.5, not 0
+    weight = nn.Linear(4, 3)
+    assert am.adp(weight, whole, torch.full((3, 4), 0.5)) == am.adp(weight, whole.float(), torch.full((3, 4), 0.5))

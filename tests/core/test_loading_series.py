@@ -88,7 +88,7 @@ def backwards():
         (table(60), {}, DataError, "smaller --window"),
         (table(heat=[np.nan] + [0.5] * 399), {}, DataError, "--missing last"),
         (table(heat=[np.nan] + [0.5] * 399), {"missing": "drop"}, DataError, "no time of a series can be left out"),
-        (table(), {"task": "classification"}, InputError, "forecasts a number"),
+        (table(), {"task": "classification"}, DataError, "'when' do not"),
         (table(), {"test": "other.csv"}, Exception, "other.csv"),
     ],
 )
@@ -177,3 +177,93 @@ def test_the_line_of_python_gives_the_same_series(tmp_path):
     options = theodolite.DataOptions(target="load", series=True, window=12)
     once, again = (load_subject(data=file, options=options, epochs=1) for _ in range(2))
     assert once.fingerprint == again.fingerprint
+
+
+# ---- one labelled series a row, in text files
+
+HEADER = "@problemName waves\n@timeStamps false\n@univariate {one}\n@{kind}Label true {names}\n@data\n"
+
+
+def ts_file(path, x, labels, kind="class", names=""):
+    """Series x (n, channels, steps) as a .ts file."""
+    rows = [":".join(",".join(map(str, channel)) for channel in series) for series in x]
+    body = "\n".join(f"{row}:{label}" for row, label in zip(rows, labels, strict=True))
+    path.write_text("# waves of two kinds\n" + HEADER.format(one=x.shape[1] == 1, kind=kind, names=names) + body + "\n")
+    return path
+
+
+def waves(n, channels=1, seed=0):
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % 2
+    x = np.sin(np.arange(20) / np.where(y, 2, 4)[:, None, None] + rng.normal(size=(n, channels, 1)))
+    return x.round(5), np.array(["slow", "fast"])[y]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_ts_file_holds_one_series_a_line(tmp_path, channels):
+    x, y = waves(40, channels)
+    train = ts_file(tmp_path / "waves_TRAIN.ts", x, y, names="slow fast")
+    test = ts_file(tmp_path / "waves_TEST.ts", *waves(10, channels, seed=1))
+    options = DataOptions(test=str(test), scale="none")
+    data = load_subject(data=train, options=options, epochs=1).data
+    assert (data.modality, data.task, data.shape) == ("series", "classification", (20, channels))
+    assert data.classes == ("fast", "slow")
+    assert len(data.test) == 10
+    seen = torch.cat([data.train.x, data.validation.x])
+    assert sorted(seen.sum(dim=(1, 2)).tolist()) == pytest.approx(sorted(x.sum(axis=(1, 2)).tolist()), abs=1e-4)
+
+
+def test_a_ts_file_of_values_is_a_regression(tmp_path):
+    x, _ = waves(40)
+    file = ts_file(tmp_path / "sizes.ts", x, x[:, 0, 0] * 2, kind="target")
+    data = load_subject(data=file, options=DataOptions(), epochs=1).data
+    assert (data.modality, data.task) == ("series", "regression")
+
+
+def test_gaps_of_a_ts_file_are_left_out_only_where_asked(tmp_path):
+    x, y = waves(40)
+    file = ts_file(tmp_path / "waves.ts", x, np.where(np.arange(40) == 3, "?", y))
+    file.write_text(file.read_text().replace(f"{x[5, 0, 0]},", "?,", 1))
+    with pytest.raises(DataError, match="--missing drop"):
+        load_subject(data=file, options=DataOptions(), epochs=1)
+    data = load_subject(data=file, options=DataOptions(missing="drop"), epochs=1).data
+    assert sum(map(len, data.parts.values())) == 38
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("@data\n", "", "no line @data"),
+        ("@timeStamps false", "@timeStamps true", "time stamps"),
+        ("@classLabel true", "@classLabel false", "no labels"),
+        (":fast", ",1.0:fast", "from 20 to 21 steps"),
+        (":fast", ":1.0:fast", "not rows of numbers of one length"),
+        (":fast", ",high:fast", "not rows of numbers"),
+        (":fast", "", "a colon and a label"),
+    ],
+)
+def test_what_is_no_ts_file_of_series_is_told(tmp_path, old, new, words):
+    file = ts_file(tmp_path / "waves.ts", *waves(40))
+    file.write_text(file.read_text().replace(old, new, 1))
+    with pytest.raises(DataError, match=words):
+        load_subject(data=file, options=DataOptions(), epochs=1)
+
+
+def test_train_and_test_files_must_fit(tmp_path):
+    train = ts_file(tmp_path / "waves_TRAIN.ts", *waves(40))
+    test = ts_file(tmp_path / "waves_TEST.ts", *waves(10, channels=2))
+    with pytest.raises(DataError, match="another shape"):
+        load_subject(data=train, options=DataOptions(test=str(test)), epochs=1)
+
+
+def test_a_table_with_classes_holds_one_series_a_row(tmp_path):
+    """As the archives' .tsv files: the label first, no header."""
+    x, y = waves(40)
+    pd.DataFrame(x[:, 0]).assign(label=y)[["label", *range(20)]].to_csv(
+        tmp_path / "waves.tsv", sep="\t", header=False, index=False
+    )
+    options = DataOptions(series=True, task="classification", target="column1", header=False, scale="none")
+    data = load_subject(data=tmp_path / "waves.tsv", options=options, epochs=1).data
+    assert (data.modality, data.shape, data.classes) == ("series", (20, 1), ("fast", "slow"))
+    seen = torch.cat([part.x for part in data.parts.values()])
+    assert sorted(seen.sum(dim=(1, 2)).tolist()) == pytest.approx(sorted(x.sum(axis=(1, 2)).tolist()), abs=1e-4)

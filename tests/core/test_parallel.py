@@ -71,6 +71,12 @@ def test_the_first_failure_is_raised():
         spread(divmod, [(1, 1), (1, 0)])
 
 
+def test_each_result_is_told_as_it_comes():
+    told = []
+    assert spread(math.sqrt, TASKS, on_result=lambda *how_many: told.append(how_many)) == spread(math.sqrt, TASKS)
+    assert told == [(i + 1, len(TASKS)) for i in range(len(TASKS))]
+
+
 def test_no_workers_is_an_error():
     with pytest.raises(InputError, match="at least 1"):
         spread(math.sqrt, TASKS, executor=0)

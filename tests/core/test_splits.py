@@ -1,6 +1,7 @@
 """Groups stay whole, and what leaked is named."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,6 +56,46 @@ def test_a_row_on_both_sides_is_an_error():
 def test_what_cannot_be_split_is_refused(groups, share):
     with pytest.raises(InputError, match=r"two groups|test share"):
         group_split(np.array(groups), test_share=share)
+
+
+def test_frames_names_and_missing_values_are_taken():
+    X = pd.DataFrame({"colour": ["red", "blue", "red"], "size": [1, 2, 1]})
+    assert find_leaks([0, 1], [2], X=X).twins.tolist() == [[0, 2]]
+    numbers = np.array([[np.nan, 0.0], [np.nan, 1.0], [np.nan, -0.0]])
+    assert find_leaks([0, 1], [2], X=numbers).twins.tolist() == [[0, 2]]
+    assert not find_leaks([], [0], X=numbers)
+    split = group_split(pd.Series(["ann", "bob", "ann", 3]))
+    assert sorted([*split.train, *split.test]) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.95])
+def test_each_side_has_a_group_however_small_its_share(share):
+    split = group_split([0, 1, 1], test_share=share)
+    assert min(len(split.train), len(split.test)) > 0
+
+
+def test_rare_classes_are_no_warning():
+    split = group_split(np.arange(12), y=np.r_[np.zeros(11), 1], seed=1)
+    assert len(split.test) == 4
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: group_split(["a", None, "b"]), "1 rows have no group"),
+        (lambda: group_split([[1, 2]]), "one group a row"),
+        (lambda: group_split([0, 1, 2], y=[0, 1]), "one class a row"),
+        (lambda: group_split(np.arange(9), y=np.linspace(0, 1, 9)), "y must hold classes"),
+        (lambda: group_split(np.arange(4), y=np.arange(4)), "class of its own"),
+        (lambda: find_leaks([True, False], [False, True]), "row numbers"),
+        (lambda: find_leaks([0], [-1]), "row numbers"),
+        (lambda: find_leaks([0], [5], X=np.zeros((2, 2))), "has row 5, but X only 2"),
+        (lambda: find_leaks([0], [5], groups=["a"]), "has row 5, but groups only 1"),
+    ],
+)
+def test_what_is_no_split_is_named(call, match):
+    with pytest.raises(InputError, match=match):
+        call()
 
 
 def test_blocks_of_neighbours_widen_the_interval_of_a_series_with_memory():

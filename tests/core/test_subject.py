@@ -109,3 +109,17 @@ def test_a_model_that_does_not_fit_is_told(model, text):
 def test_an_unknown_builtin_is_told():
     with pytest.raises(InputError, match="digits"):
         builtin("digit")
+
+
+def test_weights_and_buffers_of_every_shape_have_a_fingerprint():
+    """A batch normalisation counts its batches in a tensor of no dimension."""
+
+    def made(batches):
+        network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        for parameter in network.parameters():
+            nn.init.constant_(parameter, 0.5)
+        network[1].num_batches_tracked.fill_(batches)
+        return Subject("s", dataset(), network)
+
+    assert made(3).fingerprint == made(3).fingerprint
+    assert made(3).fingerprint != made(4).fingerprint

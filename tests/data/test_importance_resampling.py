@@ -1,6 +1,11 @@
 import itertools
 import json
 import math
+import resource
+import signal
+import subprocess
+import sys
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +19,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from typer.testing import CliRunner
 
-from theodolite.core.errors import DataError, InputError, require
+from theodolite.core.errors import DataError, DiskError, InputError, require
 from theodolite.data import importance_resampling as room
 from theodolite.data.importance_resampling import (
     Corpus,
@@ -420,6 +425,70 @@ def test_a_stopped_run_is_continued(files, tmp_path, monkeypatch):
     assert not IS_NEWS[other.indices].any()
 
 
+@pytest.mark.slow
+def test_a_run_that_was_killed_is_continued_with_the_same_result(files, tmp_path):
+    # large enough that the kill falls between the first weights and the last
+    rows = "".join(json.dumps({"text": f"{text} {i}"}) + "\n" for i in range(40) for text in RAW)
+    (tmp_path / "raw.jsonl").write_text(rows)
+    options = ["--raw", tmp_path / "raw.jsonl", "--target", files / "target.jsonl", "--min-words", 5, "-k", 500]
+    work = ["--work", tmp_path / "work", "--out", tmp_path / "out.jsonl", "--block", 1]
+    with subprocess.Popen(
+        [sys.executable, "-m", "theodolite", "run", "dsir", *map(str, [*options, *work])], stderr=subprocess.DEVNULL
+    ) as process:
+        while process.poll() is None and not list((tmp_path / "work").glob("manifest-*")):
+            time.sleep(0.002)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out.jsonl").exists()
+    assert run_command(*options, *work).exit_code == 0
+    assert run_command(*options, "--out", tmp_path / "at-once.jsonl").exit_code == 0
+    assert (tmp_path / "out.jsonl").read_text() == (tmp_path / "at-once.jsonl").read_text()
+
+
+@pytest.fixture
+def tight_disk():
+    """Files cannot grow beyond so many bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_unfinished(files, tmp_path, tight_disk):
+    corpus = Corpus.from_files(f"{files}/[ab].jsonl")
+    made = fitted(corpus, folder=tmp_path / "work")
+    tight_disk(1000)  # of weights: 128 bytes of header and 8 for each of 300 documents
+    with pytest.raises(DiskError, match=r"cannot write .*work: .*Free some space"):
+        made.select(80)
+    tight_disk(1 << 20)
+    assert not list((tmp_path / "work").glob(".*"))
+    chosen = made.select(80)
+    tight_disk(1000)
+    for out in ("one.jsonl", "parts"):
+        with pytest.raises(DiskError, match=r"cannot write .*part-00000-of-00002\.jsonl: .*Free some space"):
+            made.write(chosen, tmp_path / out)
+    tight_disk(1 << 20)
+    assert not list(tmp_path.rglob("*unfinished"))
+    made.write(chosen, tmp_path / "one.jsonl")
+    assert len(read_lines(tmp_path / "one.jsonl")) == 80
+
+
+def test_progress_is_told_shard_by_shard(files):
+    corpus, told = Corpus.from_files(f"{files}/[ab].jsonl", block_bytes=1 << 13), []
+    fitted(corpus, on_shard=lambda *what: told.append(what)).select(80)
+    n = len(corpus.shards)
+    assert [done for what, done, of in told if what == "counting n-grams" and of == n] == list(range(1, n + 1))
+    assert [done for what, done, of in told if what == "weighing documents" and of == n] == list(range(1, n + 1))
+    assert {what for what, _, _ in told} == {
+        "reading the target", "counting n-grams", "weighing documents", "reading what was selected",
+    }  # fmt: skip
+
+
+def test_workers_and_the_command_do_without_torch():
+    code = "import sys, theodolite.cli, theodolite.data.importance_resampling; print(*{'torch', 'pandas'} & set(sys.modules))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == ""
+
+
 def test_temporary_weights_go_with_the_resampler():
     made = fitted()
     made.select(3)
@@ -535,6 +604,7 @@ def test_weights_that_are_not_finite_name_the_document(files):
 def test_arguments_that_cannot_be():
     for options, words in (
         ({"smoothing": -1}, "must not be negative"), ({"max_ngrams_to_fit": 0}, '"auto", "all" or a number'),
+        ({"eps": math.nan}, "must not be negative"),
         ({"temperature": 0}, "above 0"), ({"temperature": math.inf}, "finite"), ({"min_words": -1}, "not be negative"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=words):
@@ -547,6 +617,9 @@ def test_arguments_that_cannot_be():
         resample(np.zeros(3), 4)
     with pytest.raises(InputError, match="a corpus is a list of strings"):
         fitted().log_weights("one string")
+    for function in (HashedNgrams().transform, chunk_words, quality_mask):
+        with pytest.raises(InputError, match="several texts are needed, got one: 'one string'"):
+            function("one string")
 
 
 # ---- baselines and texts

@@ -1,5 +1,6 @@
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -21,8 +22,11 @@ from typer.testing import CliRunner
 from theodolite.cli import app
 from theodolite.core.errors import DataError, InputError
 from theodolite.core.loading import DataOptions, load_subject
+from theodolite.core.loading.data import load_data
+from theodolite.core.loading.options import Wanted
 from theodolite.data import latent_label_shift as lls
 from theodolite.data.latent_label_shift import (
+    DomainsAlikeError,
     LatentLabelShift,
     NotIdentifiableError,
     class_posterior,
@@ -492,7 +496,7 @@ def broken(**changes):
         (
             {},
             {"X": np.random.default_rng(0).normal(size=(400, 3)), "domains": np.arange(400) % 4},
-            DataError,
+            DomainsAlikeError,
             "look identical",
         ),
     ],
@@ -500,6 +504,12 @@ def broken(**changes):
 def test_what_cannot_be_fitted_is_refused_with_a_reason(options, changes, error, text):
     with pytest.raises(error, match=text):
         LatentLabelShift(**{"n_classes": 3, **options}).fit(*broken(**changes))
+
+
+@pytest.mark.parametrize(("name", "value"), [("n_classes", 2.5), ("n_clusters", "9"), ("cv", None)])
+def test_numbers_that_are_not_whole_are_refused(name, value):
+    with pytest.raises(InputError, match=f"{name} must be a whole number, got {value!r}"):
+        LatentLabelShift(3).set_params(**{name: value}).fit(*broken())
 
 
 def test_rows_to_predict_are_checked(fitted):
@@ -529,8 +539,8 @@ def run(*arguments):
     return done.exit_code, done.output + str(done.exception or "")
 
 
-def of(path):
-    return load_subject(model="auto", data=str(path), options=DataOptions(target="label"))
+def of(path, domain=None):
+    return load_subject(model="auto", data=str(path), options=DataOptions(target="label", domain=domain), epochs=2)
 
 
 def test_the_chart_finds_classes_by_a_column_of_sites(table):
@@ -539,12 +549,89 @@ def test_the_chart_finds_classes_by_a_column_of_sites(table):
     assert "commonest class" not in " ".join(control.name for control in finding.beaten)
     assert "4 values of 'site' show 3 hidden classes" in finding.headline
     assert 0 < finding.numbers["p-value of label shift"].value <= 1
+    assert finding.numbers["classes that stand out of sampling noise"].value == 3
+    # shares, three classes with their corners, singular values
+    assert [type(trace).__name__ for trace in finding.figure.data] == ["Heatmap", *["Scatter"] * 7]
+    json.dumps(finding.to_json(), allow_nan=False)
+
+
+@pytest.fixture
+def wards(table, tmp_path):
+    """The same rows with the domain as numbers, under a name that does not tell what it is; ``a`` keeps the row."""
+    frame = pd.read_csv(table).rename(columns={"site": "ward"})
+    frame["ward"] = 10 * frame["ward"].str[1:].astype(int)
+    frame.to_csv(tmp_path / "wards.csv", index=False)
+    return tmp_path / "wards.csv", frame
+
+
+def test_the_user_names_the_column_of_domains(wards):
+    path, frame = wards
+    subject = of(path, "ward")
+    data = subject.data
+    assert data.features == ("a", "b", "c")
+    assert (data.domains.name, data.domains.levels) == ("ward", ("0", "10", "20", "30"))
+    for rows in data.parts.values():
+        in_file = rows.x.numpy() * np.array(data.scaling)[:, 1] + np.array(data.scaling)[:, 0]
+        row = np.abs(in_file[:, None] - frame[["a", "b", "c"]].to_numpy()).sum(axis=2).argmin(axis=1)
+        assert [int(data.domains.levels[i]) for i in rows.domain.tolist()] == frame["ward"].to_numpy()[row].tolist()
+        assert rows.head(5).domain.tolist() == rows.domain[:5].tolist()
+    finding = measure("latent-label-shift", subject)
+    assert "4 values of 'ward' show 3 hidden classes" in finding.headline
+    assert finding.comparison.estimate.value > 0.9
+    assert load_charts()["latent-label-shift"].needs.refusal(of(path)) is not None
+    relabelled = {part: replace(rows, domain=rows.domain.flip(0)) for part, rows in data.parts.items()}
+    assert replace(subject, data=replace(data, **relabelled)).fingerprint != subject.fingerprint
+
+
+def test_a_trained_model_that_asks_for_the_domain_gets_it(table):
+    columns = ("a", "b", "c", *(f"site=s{i}" for i in range(4)))
+    found = load_data(str(table), DataOptions(target="label", domain="site"), Wanted(trained=True, columns=columns))
+    data = found.data
+    assert data.features == columns
+    assert (data.test.x[:, 3:].argmax(dim=1) == data.test.domain).all()
+
+
+def test_domains_that_cannot_be_used_are_told(wards, tmp_path):
+    path, frame = wards
+    frame.assign(text=["some words of a text that goes on and on"] * len(frame)).to_csv(tmp_path / "t.csv", index=False)
+    frame.loc[3, "ward"] = None
+    frame.to_csv(tmp_path / "nowhere.csv", index=False)
+    np.savez(tmp_path / "images.npz", x=np.zeros((40, 8, 8)), y=np.arange(40) % 2)
+    for file, options, words in (
+        (path, {"domain": "site"}, "no such column; the others are a, b, c, ward"),
+        (path, {"domain": "label"}, "that is the label"),
+        (tmp_path / "nowhere.csv", {"domain": "ward"}, "1 of 800 rows have no value in the --domain column"),
+        (tmp_path / "t.csv", {"domain": "ward", "text": "text"}, "a table of numbers and categories"),
+        (tmp_path / "images.npz", {"domain": "ward", "target": None}, "a table of numbers and categories"),
+    ):
+        with pytest.raises((DataError, InputError), match=words):
+            load_data(str(file), DataOptions(**{"target": "label", **options}), Wanted())
+    with pytest.raises(InputError, match="--series"):
+        DataOptions(domain="ward", series=True)
+    dropped = load_data(
+        str(tmp_path / "nowhere.csv"), DataOptions(target="label", domain="ward", missing="drop"), Wanted()
+    )
+    assert sum(len(rows) for rows in dropped.data.parts.values()) == 799
+
+
+def test_domains_that_look_alike_are_a_finding(tmp_path):
+    X, _, y = blobs()
+    frame = pd.DataFrame(X, columns=["a", "b", "c"]).assign(label=y)
+    frame["ward"] = np.random.default_rng(0).integers(4, size=len(frame))
+    frame.to_csv(tmp_path / "alike.csv", index=False)
+    finding = measure("latent-label-shift", of(tmp_path / "alike.csv", "ward"))
+    assert "4 values of 'ward' look alike" in finding.headline
+    assert [control.name for control in finding.beaten] == ["always the largest one"]  # which is as good
+    assert finding.numbers["log loss of the domains, out of fold"].value >= finding.numbers[
+        "log loss of the domains' shares alone"
+    ].value  # fmt: skip
+    json.dumps(finding.to_json(), allow_nan=False)
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda f: f.rename(columns={"site": "colour"}), "column of categories that names each row's domain"),
+        (lambda f: f.rename(columns={"site": "colour"}), "column that names each row's domain: --domain COLUMN"),
         (lambda f: f.assign(site=np.where(f.site == "s0", "s0", "s1")), "at least 3 domains"),
         (lambda f: f[["site", "label"]], "columns besides"),
     ],
@@ -610,6 +697,16 @@ def test_baselines_cluster_and_the_naive_route_uses_domains(fitted):
         kmeans_labels(X, 3, features="umap")
     with pytest.raises(InputError, match="k must"):
         kmeans_labels(X, 0)
+    with pytest.raises(DataError, match="NaN"):
+        kmeans_labels(np.full((9, 2), np.nan), 2)
+
+
+def test_missing_labels_are_no_class():
+    for y in (np.array([0, 1, np.nan] * 60), np.array(["a", "b", None] * 60)):
+        with pytest.raises(DataError, match="no label"):
+            simulate_label_shift(y, 4)
+        with pytest.raises(InputError, match="labels are missing"):
+            match_labels(np.arange(180) % 3, y)
 
 
 def test_members_of_a_class_need_not_look_alike():

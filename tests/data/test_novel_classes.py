@@ -662,7 +662,7 @@ def test_the_chart_hides_classes_and_tells_what_comes_of_it(tmp_path):
     subject = load_subject(data=tmp_path / "six.csv", options=DataOptions(target="kind"), epochs=2)
     applies = load_charts()["novel-class-discovery"].needs
     assert applies.refusal(subject) is None
-    assert "at least 5 classes" in str(applies.refusal(builtin("breast-cancer")))
+    assert "at least 4 classes" in str(applies.refusal(builtin("breast-cancer")))
     finding = measure("novel-class-discovery", subject)
     assert "3 of 6 classes made nameless" in finding.headline
     ours = finding.comparison.estimate
@@ -677,6 +677,43 @@ def test_the_chart_hides_classes_and_tells_what_comes_of_it(tmp_path):
     few = DataOptions(target="kind", max_rows=60)
     small = load_subject(data=tmp_path / "six.csv", options=few, epochs=2)
     assert "needs at least" in str(applies.refusal(small))
+
+
+def test_the_chart_hides_two_of_four_classes(tmp_path):
+    x, c = blobs(4, 60, 8, spread=1.5)
+    frame = pd.DataFrame(x, columns=[f"sensor{i}" for i in range(8)]).assign(kind=np.array(list("abcd"))[c])
+    frame.to_csv(tmp_path / "four.csv", index=False)
+    subject = load_subject(data=tmp_path / "four.csv", options=DataOptions(target="kind"), epochs=2)
+    finding = measure("novel-class-discovery", subject)
+    assert "2 of 4 classes made nameless" in finding.headline
+    assert finding.numbers["weight of the known labels"].value == 0.5
+    assert "w is 0.5, the default" in finding.caveats[1]
+    assert finding.comparison.estimate.low > finding.comparison.controls[1].estimate.high
+
+
+def test_the_chart_groups_rows_that_have_no_label(tmp_path):
+    x, c = blobs(7, 60, 8, spread=0.8)
+    frame = pd.DataFrame(100 + x, columns=[f"sensor{i}" for i in range(8)])
+    frame["kind"] = np.array([*"abcd", "", "", ""], dtype=object)[c]
+    frame.to_csv(tmp_path / "some.csv", index=False)
+    options = DataOptions(target="kind", missing="drop")
+    subject = load_subject(data=tmp_path / "some.csv", options=options, epochs=2)
+    data = subject.data
+    assert tuple(data.unlabelled.shape) == (180, 8)
+    shift, scale = np.array(data.scaling).T
+    assert np.allclose(data.unlabelled.numpy() * scale + shift, 100 + x[c >= 4], atol=1e-3)
+    finding = measure("novel-class-discovery", subject)
+    groups = int(finding.numbers["groups of rows without a label, latent space"].value)
+    assert f"180 rows without a label form {groups} groups" in finding.headline
+    assert 2 <= groups <= 4
+    assert "in a trial with 2 of 4 classes made nameless" in finding.headline
+    assert finding.numbers["rows without a label"].value == 180
+    assert finding.advice.count("nearest known class") == groups
+    cut = float(re.search(r"sensor\d (?:>|<=) (\d+\.\d+|\d+)", finding.advice)[1])
+    assert 80 < cut < 120  # in the units of the file
+    json.dumps(finding.to_json(), allow_nan=False)
+    with pytest.raises(DataError, match="missing"):
+        load_subject(data=tmp_path / "some.csv", options=DataOptions(target="kind"), epochs=2)
 
 
 def run(*arguments):
@@ -721,6 +758,7 @@ def test_the_command_tells_what_is_wrong(table, tmp_path):
     for arguments, error, words in (
         ((tmp_path / "none.csv",), DataError, "no file"),
         ((path, "--label", "species"), DataError, "no such column"),
+        ((path, "--label", "kind", "--domain", "site"), InputError, "no such column"),
         ((tmp_path / "gaps.csv", "--label", "kind"), DataError, "values are missing in 1 rows .sensor1."),
         (
             (tmp_path / "whole.csv", "--label", "kind"),

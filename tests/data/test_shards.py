@@ -6,6 +6,7 @@ import lzma
 
 import fsspec
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -134,10 +135,11 @@ def test_a_dataset_is_read_in_place():
 def test_what_is_a_corpus():
     assert list(Corpus.of(("a", "b")).texts()) == ["a", "b"]
     assert list(Corpus.of(np.array(["a", "b"])).texts()) == ["a", "b"]
+    assert list(Corpus.of(pd.Series(["a", "b"], index=[7, 3])).texts()) == ["a", "b"]
     corpus = Corpus.from_texts(["a"] * 25_000)
     assert [shard.first for shard in corpus.shards] == [0, 10_000, 20_000]
     assert Corpus.of(corpus) is corpus
-    for wrong in ("one string", iter(["a"]), 3):
+    for wrong in ("one string", np.array("one string"), iter(["a"]), 3):
         with pytest.raises(InputError, match="a corpus is a list of strings"):
             Corpus.of(wrong)
     with pytest.raises(DataError, match="document 1 must be a string, it is a NoneType"):

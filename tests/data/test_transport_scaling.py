@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import warnings
 
 import numpy as np
@@ -255,6 +256,9 @@ def test_an_exact_solution_makes_only_the_label_table_that_it_needs(monkeypatch)
         ({"X_val": np.ones((4, 3))}, "same features"),
         ({"X": np.full((5, 2), np.nan)}, "NaN"),
         ({"y": [0, 1]}, "one label a row"),
+        ({"y": [0, 0, 1, 1, None]}, "1 rows have no label"),
+        ({"y": [0, 0, 1, 1, np.nan]}, "1 rows have no label"),
+        ({"y": ["a", "a", "b", "b", "b"]}, "write them alike"),
         ({"weights": -np.ones(5)}, "weights must be"),
         ({"lambda_x": 0.0, "lambda_y": 0.0}, "not both 0"),
         ({"label_reference": "mine"}, "label reference"),
@@ -269,6 +273,11 @@ def test_sets_that_do_not_fit_are_refused(change, match):
     rows = [options.pop(name) for name in ("X", "y", "X_val", "y_val")]
     with pytest.raises(InputError, match=match):
         dataset_transport(*rows, **options)
+
+
+def test_labels_that_are_not_looked_at_may_be_missing():
+    X = np.arange(5.0)[:, None]
+    assert dataset_transport(X, [np.nan] * 5, X, ["a"] * 5, lambda_y=0).value == pytest.approx(0.0, abs=1e-12)
 
 
 # ---- mixes, laws, projection
@@ -318,6 +327,7 @@ def test_projection_is_exact_at_both_sizes_and_on_a_power_law():
         ((0.5, 0.6, 20, 10, 40), "must rise"),
         ((0.5, 0.6, 10, 20, 0), "positive"),
         ((1.5, 1.6, 9, 20, 40), "at most 1"),
+        ((math.nan, 0.6, 9, 20, 40), "must be finite"),
     ]
     for values, match in bad:
         with pytest.raises(InputError, match=match):
@@ -513,6 +523,12 @@ A = Source("a", *blobs(30, 0.2, 0))
         ({"sources": [A, Source("b", np.ones((20, 3)), np.ones(20))]}, "'b' has rows of shape"),
         ({"sources": [A, Source("b", np.full((20, 2), np.nan), np.ones(20))]}, "sources hold NaN"),
         ({"sources": [A, Source("b", np.ones((20, 2)), np.ones(19))]}, "labels of shape"),
+        ({"sources": [A, Source("b", np.ones((20, 2)), np.full(20, np.nan))]}, "20 rows have no label"),
+        ({"sources": [A, Source("b", np.ones((20, 2)), ["x"] * 20)]}, "write them alike"),
+        (
+            {"sources": [Source(n, np.array([["x", 1]] * 20, dtype=object), np.arange(20) % 2) for n in "ab"]},
+            "need embed",
+        ),
         ({"sources": [A, Source("b", *blobs(30, 0.5, 1), cost=-1)]}, "cost >= 0"),
         ({"sizes": (30, 30)}, "N_0 < N_1"),
         ({"sizes": (30, 20)}, "N_0 < N_1"),

@@ -5,9 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
+from sklearn.svm import LinearSVC
+from sklearn.tree import DecisionTreeClassifier
 from torch import nn
 
 from theodolite.core.errors import DataError, InputError, ModelError
+from theodolite.core.subject import Column, Dataset, Rows
 from theodolite.core.train import Recipe
 from theodolite.explanations.counterfactuals import (
     ClosestCounterfactual,
@@ -16,6 +19,7 @@ from theodolite.explanations.counterfactuals import (
     TableSchema,
 )
 from theodolite.explanations.model_changes import perturbed_weights, retrain, robust_validity
+from theodolite.survey.explanations.counterfactuals import one_hot_groups
 
 QUICK = settings(max_examples=30, deadline=None)
 
@@ -206,6 +210,83 @@ def test_tables_are_checked():
         TableSchema.of(x).rows(np.zeros((2, 5)))
 
 
+def test_a_constant_column_stays_and_a_mask_may_be_a_list():
+    x = table(60)
+    x[:, 2] = 7.0
+    found = ClosestCounterfactual(steps=60, immutable=[True, False, False]).fit(line([1.0, 1.0, 1.0], -7.7), x)
+    told = found.generate(x[:5])
+    assert (told.counterfactuals[told.valid][:, 2] == 7.0).all()
+    assert (told.counterfactuals[told.valid][:, 0] == x[:5][told.valid, 0]).all()
+    schema = TableSchema.of(x)
+    assert schema.span.tolist() == pytest.approx([*np.ptp(x[:, :2], axis=0), 1.0])
+    assert schema.high[2] == schema.low[2] == 7.0
+
+
+def test_a_kind_that_no_training_row_has_may_be_kept_and_is_never_taken():
+    x = np.column_stack([table(40, 1), np.eye(3)[np.arange(40) % 2]])
+    schema = TableSchema.of(x, groups=[(1, 2, 3)], immutable=[1])
+    assert schema.absent == {3}
+    own = np.array([[0.5, 0.0, 0.0, 1.0]])
+    assert schema.region(own).possible.all()
+    assert schema.region(own).project(torch.zeros(1, 4, dtype=torch.float64))[0, 1:].tolist() == [0, 0, 1]
+    free = TableSchema.of(x, groups=[(1, 2, 3)]).region(x[:1])
+    pushed, _ = free.settle(torch.tensor([[0.5, 0.0, 0.0, 9.0]], dtype=torch.float64))
+    assert pushed[0, 3] == 0
+
+
+def test_each_row_alone_gets_what_it_gets_in_a_batch():
+    x, net = table(12), nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    for method in (ClosestCounterfactual(steps=40, k=10), ClosestCounterfactual(steps=40, k=10, norm=1)):
+        made = method.fit(net, table())
+        whole, found = made.generate(x), [made.generate(row[None]) for row in x]
+        alone = np.concatenate([one.counterfactuals for one in found])
+        assert np.allclose(alone, whole.counterfactuals, atol=1e-9, equal_nan=True)
+
+
+def test_the_categories_of_a_file_are_its_groups():
+    rows = Rows(torch.zeros(2, 5), torch.tensor([0, 1]))
+    columns = (
+        Column("pay", "numeric", 0), Column("job", "category", 0, ("a", "b", "c")),
+        Column("own", "boolean", 0, ("False", "True")), Column("class", "category", 0, ("no", "yes")),
+    )  # fmt: skip
+    data = Dataset(
+        "one",
+        "tabular",
+        "classification",
+        rows,
+        rows,
+        rows,
+        ("pay", "job=a", "job=b", "job=c", "own"),
+        ("no", "yes"),
+        columns,
+    )
+    assert one_hot_groups(data) == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"immutable": "age"}, "list of names"), ({"immutable": [True]}, "mask")],
+)
+def test_columns_are_told_as_a_list(options, words):
+    with pytest.raises(InputError, match=words):
+        TableSchema.of(cube(3), **options)
+
+
+def test_tables_of_words_and_double_names_are_told():
+    with pytest.raises(DataError, match="one-hot columns first"):
+        TableSchema.of(pd.DataFrame({"a": ["x", "y"], "b": [1, 2]}))
+    with pytest.raises(DataError, match="all of them different"):
+        TableSchema.of(pd.DataFrame(np.eye(2), columns=["a", "a"]))
+
+
+def test_a_model_without_probabilities_or_with_one_class_is_told():
+    x = table(40)
+    with pytest.raises(ModelError, match="predict_proba"):
+        NearestNeighbour(k=10).fit(LinearSVC().fit(x, x[:, 0] > 0.5), x).generate(x[:2])
+    with pytest.raises(ModelError, match="one class only"):
+        robust_validity(x, [DecisionTreeClassifier().fit(x, np.ones(40))])
+
+
 # ---- changes of the model
 
 
@@ -238,6 +319,39 @@ def test_a_factory_without_an_argument_is_made_under_the_seed():
     assert torch.equal(one[1].weight, two[1].weight)
     assert not torch.equal(one[0].weight, one[1].weight)
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_an_option_with_a_default_is_no_seed():
+    x, y = table(60, 2), (table(60, 2)[:, 0] > 0.5).astype(int)
+    recipe = Recipe(epochs=2, batch_size=32, lr=1e-2)
+    (wide,) = retrain(
+        lambda hidden=3: nn.Sequential(nn.Linear(2, hidden), nn.Linear(hidden, 2)), x, y, 1, recipe=recipe
+    )
+    assert wide[0].out_features == 3
+    one, two = (retrain(DecisionTreeClassifier, x, y, 2, mode="bootstrap", seed=4) for _ in range(2))
+    assert one[0].random_state is not None
+    assert all((a.predict_proba(x) == b.predict_proba(x)).all() for a, b in zip(one, two, strict=True))
+
+
+def test_retraining_that_changes_nothing_is_refused():
+    x, y = table(60, 2), np.array(["no", "yes"])[(table(60, 2)[:, 0] > 0.5).astype(int)]
+    with pytest.raises(InputError, match="bootstrap"):
+        retrain(LogisticRegression, x, y, 2)
+    kept = retrain(LogisticRegression, x, y, 2, mode="leave-one-out", leave_out=5)
+    assert not np.array_equal(kept[0].coef_, kept[1].coef_)
+
+
+def test_labels_that_a_network_cannot_learn_are_told():
+    x = table(30)
+    for broken in (
+        np.arange(30) % 2 * 2,
+        np.array(["a", "b"])[np.arange(30) % 2],
+        np.where(np.arange(30) % 2, 1.0, np.nan),
+    ):
+        with pytest.raises(DataError, match=r"class numbers 0\.\.1"):
+            retrain(network, x, broken, 1, recipe=RECIPE)
+    with pytest.raises(DataError, match="one label"):
+        retrain(network, x, np.zeros((30, 1)), 1)
 
 
 def test_retraining_refuses_shared_initial_weights():

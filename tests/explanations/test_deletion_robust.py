@@ -15,10 +15,13 @@ from torch import nn
 
 from theodolite.core.errors import DataError, InputError, ModelError
 from theodolite.core.influence import ExactRetrainer, LogisticInfluence, SeparableDataError
+from theodolite.core.memory import chunks
 from theodolite.explanations.deletion_robust import (
     DeletionRobustCounterfactual,
     InfluenceWarning,
     deletion_effect,
+    linear,
+    networks,
     validity_under_deletion,
     worst_deletion,
 )
@@ -381,6 +384,20 @@ def test_groups_stay_one_hot_and_one_way_columns_go_one_way(route):
         assert (found.cost >= free.cost - 1e-9).all()
 
 
+def test_a_kind_that_no_training_row_has_is_kept_and_never_taken():
+    x, y = kinds()
+    x = np.column_stack([x, np.zeros(len(x))])
+    groups = ([2, 3, 4, 7], [5, 6])
+    query = x[:1].copy()
+    query[0, [2, 3, 4, 7]] = (0, 0, 0, 1)
+    free = DeletionRobustCounterfactual(2, groups=groups).fit(x, y).generate(np.vstack([query, x[:5]]))
+    assert free.valid.all()
+    assert (free.counterfactuals[1:, 7] == 0).all()
+    held = DeletionRobustCounterfactual(2, groups=groups, immutable=[7]).fit(x, y).generate(query)
+    assert held.valid.all()
+    assert held.counterfactuals[0, [2, 3, 4, 7]].tolist() == [0, 0, 0, 1]
+
+
 def test_groups_that_are_none_are_told():
     x, y = kinds()
     with pytest.raises(DataError, match="not one-hot"):
@@ -474,6 +491,24 @@ def test_networks_by_three_routes(route, outputs):
     assert np.isfinite(fixed.cost[there]).all()
 
 
+def test_points_and_rows_in_pieces_are_the_same(monkeypatch):
+    """Many deleted rows of many points by many weights are gathered in pieces."""
+    x, y = table()
+    directions, points = np.random.default_rng(0).normal(size=(120, 5)), np.random.default_rng(1).normal(size=(30, 4))
+    rows = linear.worst_rows(directions, points, 7)
+    whole, model = linear.summed(directions, rows), trained(x, y)
+    score = NetworkScore(model, x, y, "gauss-newton", 0.05, "leverage")
+    found = score.rows_at(points, 7, 1.0)
+    values = score.value_and_slope(points, found)
+    for module in (linear, networks):
+        monkeypatch.setattr(module, "chunks", lambda n, cost: chunks(n, cost, int(3 * cost)))
+    assert np.array_equal(linear.summed(directions, rows), whole)
+    assert np.allclose(whole, directions[rows].sum(axis=1))
+    assert np.array_equal(score.rows_at(points, 7, 1.0), found)
+    for a, b in zip(score.value_and_slope(points, found), values, strict=True):
+        assert np.allclose(a, b, atol=1e-10)
+
+
 def test_the_last_layer_of_a_linear_network_is_the_linear_answer():
     """With identity features the search must find what cutting planes find."""
     x, y = table()
@@ -541,6 +576,9 @@ def test_networks_that_a_route_cannot_take():
         DeletionRobustCounterfactual(2, verify=True).fit(x, y, network())
     with pytest.raises(InputError, match="norm 1"):
         DeletionRobustCounterfactual(2, norm=1).fit(x, y, network())
+    three = RandomForestClassifier(5, random_state=0).fit(x, y + (x[:, 0] > 1))
+    with pytest.raises(ModelError, match="knows 3"):
+        DeletionRobustCounterfactual(2).fit(x, y, three, route="local-linear").generate(x[:1])
 
 
 # ---- errors
@@ -590,6 +628,10 @@ def test_data_that_cannot_be():
         made.generate(x * np.nan)
     with pytest.raises(InputError, match="target"):
         made.generate(x, 2)
+    with pytest.raises(DataError, match="one-hot columns first"):
+        DeletionRobustCounterfactual(2).fit(pd.DataFrame(x).astype(str) + "a", y)
+    with pytest.raises(InputError, match="C must be"):
+        DeletionRobustCounterfactual(2).fit(x, y, nn.Linear(4, 1), C=0)
     with pytest.raises(InputError, match="mode"):
         validity_under_deletion(x, x, y, 2, "best")
     with pytest.raises(InputError, match="draws"):

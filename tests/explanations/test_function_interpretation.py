@@ -24,6 +24,7 @@ from theodolite.language import connect
 from theodolite.language.model import EndpointUnavailable
 from theodolite.survey.chart import Budget
 from theodolite.survey.explanations import function_interpretation as chart
+from theodolite.survey.explanations import probe_words
 
 
 def numeric(family, *parameters, variant="clean", interval=(10.0, 20.0), level=5.0, noise="normal"):
@@ -634,7 +635,7 @@ def test_symbolic_on_other_ranges_budgets_and_broken_functions():
     assert told.queries == 12
     assert np.allclose(run_code(told.code, [0.3, 1.7])[0], [-0.1, 4.1])
     nothing = fi.interpret(fi.BlackBox(lambda x: x * np.nan), fi.SymbolicInterpreter())
-    assert nothing.description == "no finite value was seen"
+    assert nothing.description.startswith("0 finite values were seen")
     shown = fi.interpret(
         fi.BlackBox(lambda x: 2 * x, examples=[1, 2, 3, 4, 5, 6]), fi.SymbolicInterpreter(), mode="single_round"
     )
@@ -745,6 +746,183 @@ def test_chart_names_what_no_formula_describes():
     assert "No short formula holds for the prediction by b" in found.advice
 
 
+def spelled(words):
+    """Embeddings by letters: words that begin alike are near each other."""
+    out = np.zeros((len(words), 27))
+    for row, word in zip(out, words, strict=True):
+        for k, letter in enumerate(word[:8]):
+            row[ord(letter) - ord("a") if letter.isalpha() else 26] += 1 / (1 + k) ** 3
+    return out / np.linalg.norm(out, axis=1, keepdims=True)
+
+
+def words_subject(weights):
+    """Two classes by counted words: the log odds of a text are the sum of its words' weights."""
+    words = [a + b + c for a in "abcdefgh" for b in "aeiou" for c in ("nk", "rt", "st")]
+    w = torch.tensor([weights(word) for word in words])[:, None]
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return torch.cat([-x @ w, x @ w], dim=1)
+
+    x = torch.as_tensor(np.random.default_rng(0).random((160, len(words))), dtype=torch.float32)
+    parts = [Rows(x[a:b], torch.arange(b - a) % 2) for a, b in ((0, 80), (80, 120), (120, 160))]
+    data = Dataset("words", "text", "classification", *parts, features=tuple(words), classes=("no", "yes"))
+    return Subject("words", data, Model())
+
+
+def test_chart_of_words_tells_units_that_follow_what_the_judge_knows(monkeypatch):
+    monkeypatch.setattr(probe_words, "sentence_embeddings", spelled)
+    found = chart.function_interpretation(words_subject(lambda word: 3.0 if word[0] in "ab" else -1.0), Budget())
+    told, (chance, other, ridge) = found.comparison.estimate, found.comparison.controls
+    assert told.value > 0.7
+    assert told.n == 200
+    assert other.estimate.value < 0.5
+    assert chance.estimate.value == pytest.approx(1 / 3)
+    assert ridge.estimate.value > 0.7
+    assert "fair name" in found.advice
+    json.dumps(found.to_json(), allow_nan=False)
+    noise = np.random.default_rng(3)
+    found = chart.function_interpretation(words_subject(lambda word: float(noise.normal())), Budget())
+    assert abs(found.comparison.estimate.value - 1 / 3) < 0.2
+    assert "Do not name" in found.advice
+
+
+def test_chart_of_words_says_what_is_missing(monkeypatch):
+    subject = words_subject(lambda word: 1.0)
+    few = dataclasses.replace(subject.data, features=tuple(f"{i}" for i in range(120)))
+    monkeypatch.setattr(probe_words, "model_folder", lambda name: "there")
+    assert "model of words" in chart._refusal(dataclasses.replace(subject, data=few))
+    assert "single words move" in chart._refusal(subject)
+    assert chart._refusal(words_subject(lambda word: float(len(word)) if word < "c" else 0.0)) is None
+    monkeypatch.setattr(probe_words, "model_folder", lambda name: None)
+    assert "make models" in chart._refusal(subject)
+
+
+def test_exemplars_are_the_strongest_of_the_shown_words():
+    values = {"cat": 1.0, "dog": 3.0, "sun": -2.0, "sky": float("nan")}
+    box = fi.BlackBox(lambda texts: [values[t] for t in texts], modality="neuron", examples=list(values))
+    told = fi.interpret(box, fi.ExemplarInterpreter(2))
+    assert told.description == "dog, cat"
+    assert told.asked == tuple(values)
+    with pytest.raises(InputError, match="numeric"):
+        fi.interpret(fi.BlackBox(lambda x: x), fi.ExemplarInterpreter())
+    with pytest.raises(InputError, match="count"):
+        fi.ExemplarInterpreter(0)
+
+
+def test_activation_tests_have_one_word_that_activates():
+    words = [f"w{i}" for i in range(50)]
+    values = np.random.default_rng(2).permutation(50.0 * np.ones(50).cumsum())
+    for test in fi.activation_tests(words, values, n=40, seed=1):
+        strengths = [values[words.index(word)] for word in test.candidates]
+        assert int(np.argmax(strengths)) + 1 == test.answer
+        assert max(strengths) >= np.quantile(values, 0.89)
+        assert sorted(strengths)[1] <= np.median(values)
+    assert {test.answer for test in fi.activation_tests(words, values, n=40)} == {1, 2, 3}
+    two_values = np.where(np.arange(50) < 3, 0.0, 1.0)  # nearly all are high: the others are the three
+    for test in fi.activation_tests(words, two_values, n=20):
+        assert [two_values[words.index(word)] for word in test.candidates].count(0.0) == 2
+    with pytest.raises(DataError, match="hardly differ"):
+        fi.activation_tests(words, np.ones(50))
+    with pytest.raises(DataError, match="20 words"):
+        fi.activation_tests(words[:5], values[:5])
+
+
+def test_a_function_of_ones_own_is_in_the_table():
+    frame = fi.benchmark([lambda x: 1e200 * x, lambda x: 1e-200 * x], [fi.SymbolicInterpreter()]).frame()
+    assert (frame[frame["interpreter"] == "symbolic"]["r2_nmse"] < 1e-6).all()
+    assert set(frame["interpreter"]) == {"symbolic", "polynomial of degree 3", "constant"}
+
+
+def test_interpreters_of_numbers_are_given_no_texts_and_others_are():
+    class Echo:
+        name = "echo"
+
+        def interpret(self, blackbox, *, mode, rounds):
+            return fi.Interpretation("the same", code="def f(s): return s")
+
+    functions = [*fi.make_strings(2, 0), *fi.make_numeric(1, 0)]
+    frame = fi.benchmark(functions, [Echo(), fi.SymbolicInterpreter()]).frame()
+    assert frame["interpreter"].tolist()[:4] == ["echo"] * 3 + ["symbolic"]
+
+
 def test_chart_is_refused_where_nothing_moves():
     assert "two columns" in chart._too_flat(subject_of(lambda x: np.ones(len(x))))
     assert chart._too_flat(subject_of(lambda x: x[:, 0] + x[:, 2])) is None
+
+
+# ---- the command
+
+
+def command(*arguments):
+    from typer.testing import CliRunner
+
+    from theodolite.cli import app
+
+    return CliRunner().invoke(app, ["run", "function-interpretation", *map(str, arguments)])
+
+
+def test_command_runs_writes_and_scores(tmp_path):
+    made = command("--functions", 2, "--table", tmp_path / "rows.csv", "--json")
+    assert made.exit_code == 0, made.output
+    ran = json.loads(made.stdout)
+    made = command("--functions", 2, "--answers", tmp_path / "rows.csv", "--json")
+    scored = json.loads(made.stdout)
+    assert scored["functions answered"] == "2 of 2"
+    assert scored["r2_nmse < .1"]["value"] == ran["symbolic: r2_nmse < .1"]["value"]
+    (tmp_path / "bad.csv").write_text("function,code\nf00000,import os\nf00001,def f(x): return x\n")
+    told = json.loads(command("--functions", 2, "--answers", tmp_path / "bad.csv", "--json").stdout)
+    assert told["code that failed"] == "1 unsafe: os"
+    (tmp_path / "strings.csv").write_text("function,code\nf00000,def f(s): return s\n")
+    told = json.loads(
+        command("--functions", 2, "--category", "strings", "--answers", tmp_path / "strings.csv", "--json").stdout
+    )
+    assert 0 <= told["mean share of identical outputs"] <= 1
+
+
+def published_neurons(folder):
+    rows = [
+        {"dir": f"n/{i}", "concept1": word, "concept2": None, "initial": [word]}
+        for i, word in enumerate(("dog", "sun"))
+    ]
+    tests = [
+        {"name": str(i), "test_vec": [["x", word, "y"]], "correct_inx": [2]} for i, word in enumerate(("dog", "sun"))
+    ]
+    (folder / "neurons_entities-data.json").write_text(json.dumps(rows))
+    (folder / "neurons_entities-unit_test_data.json").write_text(json.dumps(tests))
+    (folder / "told.csv").write_text("function,description\n0,a dog\n1,the sun\n")
+    return folder
+
+
+def test_command_judges_descriptions_of_published_neurons(tmp_path):
+    def judge(messages):
+        words = messages[0]["content"]
+        described = "dog" if "a dog" in words else "sun"
+        return next((str(i) for i in (1, 2, 3) if f"{i}. {described}" in words), "none of them")
+
+    folder = published_neurons(tmp_path)
+    with protocol_server(answer=judge) as server:
+        made = command(
+            "--published", folder, "--category", "neurons_entities", "--answers", folder / "told.csv", "--reader", server.url,
+            "--reader-model", "m", "--json",
+        )  # fmt: skip
+    told = json.loads(made.stdout)
+    assert told["tests answered"]["value"] == 1
+    assert told["tests answered from another's description"]["value"] == 0
+    assert told["tests answered from another's description: not parsed"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--category", "images", "--functions", 2), "--category"),
+        (("--category", "neurons_entities", "--functions", 2), "--published"),
+        (("--category", "strings", "--functions", 2), "language model"),
+        (("--category", "strings", "--published", "."), "--answers to judge"),
+        (("--answers", "nothing.csv"), "cannot read"),
+    ],
+)
+def test_command_errors(arguments, text):
+    made = command(*arguments)
+    assert made.exit_code != 0
+    assert text in str(made.exception)

@@ -1,5 +1,6 @@
 import importlib.util
 import itertools
+import json
 import warnings
 from types import SimpleNamespace
 
@@ -12,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from torch import nn
+from typer.testing import CliRunner
 
+from theodolite.cli import app
 from theodolite.core.errors import DataError, InputError, ModelError, TrainingCollapsedError
 from theodolite.core.sources import find_data
 from theodolite.core.train import Recipe
@@ -673,6 +676,9 @@ def test_graphs_that_are_none_are_told():
         Graph.from_dense(np.array([[0, 0.5], [0.5, 0]]))
     with pytest.raises(DataError, match="needs x and edge_index"):
         Graph.from_pyg(SimpleNamespace(x=None, edge_index=edges))
+    with pytest.raises(DataError, match="edges have weights"):
+        Graph.from_pyg(SimpleNamespace(x=x, edge_index=edges, edge_weight=torch.tensor([1.0, 0.5])))
+    assert Graph.from_pyg(SimpleNamespace(x=x, edge_index=edges, edge_weight=torch.ones(2))).undirected
 
 
 def test_models_that_cannot_be_scored_are_told():
@@ -723,3 +729,41 @@ def test_a_graph_on_which_edges_happen_not_to_matter_is_no_error():
 def test_everything_public_is_exported():
     for name in gf.__all__:
         assert getattr(gf, name).__doc__
+
+
+def saved_graphs(folder, **more):
+    for i in range(3):
+        graph = random_graph(i)
+        first = graph.pair == 0
+        arrays = {"x": graph.x.numpy(), "edge_index": graph.edge_index.numpy(), "label": np.array(0), **more}
+        np.savez(folder / f"{i}.npz", edge_mask_a=first, edge_mask_b=~first, **arrays)
+
+
+def test_the_command_ranks_explainers_and_names_the_file_that_is_wrong(tmp_path):
+    saved_graphs(tmp_path)
+    asked = [
+        "run",
+        "graph-fidelity",
+        "--model",
+        "theodolite.explanations.graph_fidelity:GIN",
+        "--graphs",
+        str(tmp_path),
+    ]
+    found = json.loads(CliRunner().invoke(app, [*asked, "--json"]).stdout)
+    assert sorted(found["robust_fidelity_ranks"]) == ["a", "b"]
+    means = [np.mean([row["delta"] for row in found[f"{name}_by_graph"].values()]) for name in "ab"]
+    assert found["robust_fidelity_ranks"] == ["a", "b"][:: 1 if means[0] > means[1] else -1]
+    assert ("note" in found) == (found["robust_fidelity_ranks"] != found["ordinary_fidelity_ranks"])
+    assert "a mean delta" in CliRunner().invoke(app, asked).stdout
+    graph = random_graph(0)
+    np.savez(tmp_path / "1.npz", x=graph.x.numpy(), edge_index=graph.edge_index.numpy(), edge_mask=graph.pair == 0)
+    for more, words in (({}, "1.npz holds edge_mask"), ({"label": np.array([1, 2])}, "one whole number")):
+        if more:
+            saved_graphs(tmp_path, **more)
+        result = CliRunner().invoke(app, asked)
+        assert isinstance(result.exception, DataError)
+        assert words in str(result.exception)
+    np.savez(
+        tmp_path / "0.npz", x=graph.x.numpy(), edge_index=graph.edge_index.numpy() + 99, edge_mask_a=graph.pair == 0
+    )
+    assert "0.npz: edge_index names nodes outside" in str(CliRunner().invoke(app, asked).exception)

@@ -1,5 +1,6 @@
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -250,8 +251,8 @@ ALL = [
     ConfidenceThreshold(base=ClosestCounterfactual(steps=60), k=50),
     TRex(base=ClosestCounterfactual(steps=60), search_k=32, k=50),
     TRexNearest(k=50),
-    Wachter(k=50),
-    Roar(k=50, delta_max=0.01),
+    Wachter(k=50, steps=300),
+    Roar(k=50, steps=300, delta_max=0.01),
 ]
 
 
@@ -314,6 +315,49 @@ def test_one_hot_groups_and_immutable_columns_hold_in_trex():
     assert (good[:, 3:].sum(axis=1) == 1).all()
     assert (good[:, 2] == x[:20][found.valid, 2]).all()
     assert (good[:, 0] >= x[:20][found.valid, 0]).all()
+
+
+def kinds(n=200):
+    """Two numbers and a one-hot group of three."""
+    x = rows(n, 5)
+    x[:, 2:] = np.eye(3)[np.arange(n) % 3]
+    return x
+
+
+@pytest.mark.parametrize("method", ALL, ids=lambda m: type(m).__name__)
+def test_a_class_that_only_another_kind_has_is_found(method):
+    """Half of one kind and half of another would do, and rounds back to the row's own; the numbers may not change."""
+    net = nn.Linear(5, 1).double()
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[0.0, 0.0, 0.0, 10.0, 8.0]]))
+        net.bias.fill_(-3.0)
+    x = np.array([[0.5, 0.5, 1.0, 0.0, 0.0]])
+    train = np.vstack([kinds(), x, x + np.array([0, 0, -1, 1, 0]), x + np.array([0, 0, -1, 0, 1])])
+    made = replace(method, immutable=[0, 1], groups=[(2, 3, 4)])
+    found = made.fit(net, train).generate(x)
+    assert found.valid.all()
+    assert found.reached.all()
+    assert found.counterfactuals[0, :2].tolist() == [0.5, 0.5]
+    assert found.counterfactuals[0, 2:].tolist() in ([0, 1, 0], [0, 0, 1])
+
+
+def test_groups_are_swapped_until_the_point_is_stable():
+    """One swap gives the class, both give the stability asked for, and numbers that cannot change do not help."""
+    x = rows(300, 5)
+    x[:, 1:3], x[:, 3:] = np.eye(2)[np.arange(300) % 2], np.eye(2)[np.arange(300) // 2 % 2]
+    net = nn.Linear(5, 1).double()
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[0.0, 0.0, 2.0, 0.0, 2.0]]))
+        net.bias.fill_(-1.6)
+    row = np.array([[0.5, 1.0, 0.0, 1.0, 0.0]])
+    near_first = ClosestCounterfactual(steps=40, binary_search_steps=3)
+    options = {"immutable": [0], "groups": [(1, 2), (3, 4)], "k": 200, "search_k": 64, "base": near_first}
+    near = TRex(tau=0.52, **options).fit(net, x).generate(row)
+    far = TRex(tau=0.8, **options).fit(net, x).generate(row)
+    assert near.reached.all()
+    assert far.reached.all()
+    assert near.counterfactuals[0, [2, 4]].sum() == 1
+    assert far.counterfactuals[0, [2, 4]].sum() == 2
 
 
 def test_the_nearest_stable_row_is_found_by_brute_force():

@@ -147,6 +147,23 @@ def test_lime_gives_the_weights_of_an_additive_model():
     assert weights[third] == pytest.approx(0.0, abs=1e-3)
 
 
+def test_a_row_of_a_data_frame_is_read_by_name():
+    frame = pd.DataFrame(kinds(), columns=NAMES)
+    made = SimulationProtocol(additive, frame, kinds()[:, 0] == 0, categorical=NAMES, balance="outputs")
+    lime, row = Lime().bind(made), frame.iloc[3]
+    expected = lime.explain(row.tolist()).weights
+    assert lime.explain(row[::-1]).weights == lime.explain(frame[NAMES[::-1]].iloc[[3]]).weights == expected
+    with pytest.raises(InputError, match="4 values, got 2"):
+        lime.explain([0, 1])
+    fixed = kinds().astype(float)
+    fixed.setflags(write=False)
+    bounded = nn.Sequential(nn.Linear(4, 2))
+    assert (
+        SimulationProtocol(bounded, fixed, kinds()[:, 0] == 0, NAMES, balance="outputs", test=4, learning=4).X
+        is not None
+    )
+
+
 def test_lime_weights_are_evidence_for_class_one_whatever_is_answered():
     made = protocol()
     row = np.array([1, 1, 0, 0])
@@ -189,7 +206,14 @@ def test_an_anchor_of_a_number_holds_in_its_whole_bin():
     X = np.random.default_rng(0).uniform(0, 4, (400, 2))
     made = SimulationProtocol(lambda x: (x[:, 0] > 1.5) * 1.0, X, X[:, 0] > 1.6, ["n", "m"], balance="outputs")
     (inside,) = np.flatnonzero((X[:, 0] > 1.6) & (X[:, 0] < 1.7))[:1]
-    assert Anchor().bind(made).explain(X[inside]).precision < 0.9
+    missed = Anchor().bind(made).explain(X[inside])
+    assert missed.precision < 0.9
+    assert "No conditions keep the answer 'True' in 95 % of cases, not even all of them" in missed.text
+    assert f"{100 * missed.precision:.0f} % of cases" in missed.text
+    far = Anchor().bind(made).explain(X[np.argmax(X[:, 0])])
+    assert far.precision >= 0.95
+    assert "Conditions for the model answering 'True':" in far.text
+    assert "(1 condition)." in far.text
 
 
 def test_bounds_solve_their_equation():
@@ -383,6 +407,24 @@ def test_a_language_model_reads_the_panel_through_the_real_protocol(tmp_path):
             assert "Evidence for" not in prompt.split("Input:")[-1]  # no explanation of what is tested
 
 
+def test_a_language_model_that_tells_no_probabilities_is_asked_in_a_chat(tmp_path):
+    made = protocol(learning=4, test=8, labels=["no", "certainly"])
+
+    def answer(messages):
+        asked = messages[-1]["content"]
+        if "Answer with 'no' or 'certainly' and nothing else." not in asked:
+            return "asked for log-probabilities"
+        return "Certainly!" if "Evidence for" in asked else "I cannot tell."
+
+    with protocol_server(*["no logprobs"] * 200, answer=answer) as server:
+        reader = LanguageModelSimulator(connect(server.url, "m", cache=tmp_path / "answers.sqlite"))
+        table = run(made, [Lime()], reader, 1, tests=("forward",))
+    assert (table["post"] == 1).all()
+    assert table["pre"].isna().all()
+    with pytest.raises(DataError, match="no reader answered both"):
+        effects(table, 200)
+
+
 # ---- texts
 
 
@@ -460,11 +502,12 @@ def test_forms_go_out_and_come_back(tmp_path):
             form.loc[0, "answer"] = "Abvoe " if truth[form.loc[0, "id"]] else "belo"
             if user == 0 and phase == "pre":
                 form.loc[1, "answer"] = "no idea"
-            form["rating"] = 5
+            form["rating"] = 5.0 if user else 5
             form.to_csv(folder / f"reader{user}.lime-{phase}.csv", index=False)
     table = import_responses(folder)
     assert len(table) == 4 * 32 - 1
     assert (table["post"] == table["model"]).all()
+    assert (table["rating"] == 5).all()
     ((file, _, said),) = table.attrs["dropped"]
     assert (file, said) == ("reader0.lime-pre.csv", "no idea")
     assert effects(table, 200).loc[0, "pre"] == 1

@@ -315,6 +315,31 @@ def test_all_copies_are_fitted_and_the_best_is_named():
 # ---- kinds of models and tables
 
 
+def test_a_rule_list_follows_the_black_box_and_counts_what_is_left():
+    x, y = load_breast_cancer(return_X_y=True)
+    model = RandomForestClassifier(30, random_state=0).fit(x[:280], y[:280])
+    explainer = SurrogateExplainer(k=10, seed=0).fit(model, x[:280], x[280:380], y[280:380])
+    listed, said = explainer.rule_list(), model.predict(x[380:])
+    assert (listed.predict(x[380:]) == said).mean() > max(said.mean(), 1 - said.mean()) + 0.15
+    answer = model.predict_proba(x[:280]).argmax(axis=1)
+    left, unseen = np.ones(280, dtype=bool), np.ones(100, dtype=bool)
+    for rule in listed.rules:
+        assert rule.conditions
+        met, seen = left & rule.holds(x[:280]), unseen & rule.holds(x[280:380])
+        assert rule.support == met.sum()
+        assert rule.purity == pytest.approx((answer[met] == rule.index).mean())
+        assert rule.purity > 0.5
+        assert rule.precision == (pytest.approx((y[280:380][seen] == rule.index).mean()) if seen.any() else None)
+        left, unseen = left & ~met, unseen & ~seen
+    assert len(explainer.rule_list(1).rules) == 1
+    with pytest.raises(InputError, match="max_rules"):
+        explainer.rule_list(0)
+    frame = pd.DataFrame(x, columns=explainer.features_)
+    turned = frame[frame.columns[::-1]]
+    assert np.array_equal(listed.predict(frame), listed.predict(x))
+    assert np.array_equal(listed.predict(turned), listed.predict(x))
+
+
 def test_frames_names_and_classes_go_through():
     bunch = load_breast_cancer(as_frame=True)
     x, y = bunch.data, bunch.target_names[bunch.target]
@@ -345,6 +370,10 @@ def test_frames_names_and_classes_go_through():
     assert written["rules"][0]["text"] == str(explainer.rules()[0])
     turned = x[x.columns[::-1]]  # columns are found by name, never by place
     assert explainer.fidelity(turned[450:]) == explainer.fidelity(x[450:])
+    for row in (x.iloc[500][::-1], turned.iloc[[500]], x.iloc[500].to_numpy()):
+        assert explainer.explain(row) == local
+    with pytest.raises(InputError, match="more than one mean area"):
+        SurrogateExplainer(k=1).fit(model, x.rename(columns={"mean radius": "mean area"}), x)
     with pytest.raises(InputError, match="lacks the columns"):
         explainer.fidelity(x[x.columns[:3]])
 

@@ -818,3 +818,20 @@ def test_a_local_model_is_read_by_digits_from_a_shared_prefix(tmp_path):
     result = LLAMBO(LINE, CONTEXT, llm, n_initial=2, n_candidates=2).optimize(lambda config: config["x"], 1)
     assert result.n_fallback >= 1  # its words are no numbers
     assert len(result.scores) == 3
+
+
+def test_a_gaussian_process_leaves_failed_trials_out():
+    space = SearchSpace({"x": Float(0.0, 1.0)})
+    configs = [{"x": x} for x in (0.1, 0.4, 0.6, 0.9)]
+    some = GaussianProcessSurrogate(space).fit([configs[i] for i in (0, 1, 3)], [1.0, 2.0, 3.0]).predict(configs)
+    every = GaussianProcessSurrogate(space).fit(configs, [1.0, 2.0, math.nan, 3.0]).predict(configs)
+    assert np.array_equal(some[0], every[0])
+    with pytest.raises(DataError, match="finite"):
+        GaussianProcessSurrogate(space).fit(configs, [math.nan] * 4)
+
+
+def test_what_is_no_table_is_told():
+    from scipy.sparse import csr_matrix
+
+    with pytest.raises(DataError, match="rows and columns"):
+        TaskContext.from_data(DecisionTreeClassifier(), csr_matrix(np.eye(4)), [0, 1, 0, 1])

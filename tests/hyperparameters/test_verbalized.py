@@ -576,3 +576,31 @@ def test_classes_that_cannot_be():
         model.fit(np.zeros((2, 8, 8)), ["u", "v"])
     with pytest.raises(InputError, match="learner must be"):
         VerbalizedClassifier("gpt-4").fit(["a", "b"], ["u", "v"])
+
+
+def test_scoring_counts_its_tokens_whether_the_model_or_its_cache_answers(tmp_path):
+    from theodolite.language.model import AnswerCache
+    from theodolite.language.scripted import ScriptedLanguageModel
+
+    cache = AnswerCache(tmp_path / "answers.sqlite")
+    llm = ScriptedLanguageModel(lambda prompt: "no section", log_probability=lambda prompt, text: -1.0, cache=cache)
+    options = {"mode": "score", "epochs": 1, "prior": "Short.", "batch_size": 4}
+    first = VerbalizedClassifier(llm, **options).fit(["a b", "c", "d", "e"], ["x", "y", "x", "y"])
+    words = sum(len(f"{first.theta_initial_} Input: {row} Label:".split()) + 2 for row in ("a b", "c", "d", "e"))
+    assert first.history_[0].tokens == first.tokens_ > words
+    assert llm.usage.prompt_tokens + llm.usage.completion_tokens == first.tokens_
+    again = VerbalizedClassifier(llm, **options).fit(["a b", "c", "d", "e"], ["x", "y", "x", "y"])
+    assert again.history_ == first.history_
+    assert llm.usage.prompt_tokens + llm.usage.completion_tokens == first.tokens_
+
+
+def test_a_search_counts_repairs_and_tokens():
+    texts = iter(["nothing", "Output: x", "Output: x", "Output: y"])
+    from theodolite.language.scripted import ScriptedLanguageModel
+
+    llm = ScriptedLanguageModel(lambda prompt: next(texts))
+    found = candidate_search(VerbalizedClassifier(llm), ["a", "b", "c"], ["x", "y", "x"], ["A description."])
+    assert found.calls == 4
+    assert found.tokens == llm.usage.prompt_tokens + llm.usage.completion_tokens > 0
+    with pytest.raises(InputError, match="k is how many"):
+        candidate_search(VerbalizedClassifier(llm, batch_size=2), ["a", "b", "c"], ["x", "y", "x"], k=0)

@@ -1,6 +1,11 @@
 """The language layer: one interface, a local model checked by brute force, an endpoint over real HTTP with its failures."""
 
+import math
+import os
+import shutil
 import sqlite3
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +14,7 @@ import torch
 from language_server import protocol_server
 from theodolite.core.errors import InputError, ModelError
 from theodolite.language import connect
-from theodolite.language.endpoint import _read_chat
+from theodolite.language.endpoint import _read_chat, _read_echo
 from theodolite.language.model import EndpointError, EndpointUnavailable, LogprobsUnavailable, ScoringUnavailable
 from tiny_language_model import save_tiny_model
 
@@ -119,6 +124,18 @@ def test_a_stop_text_ends_a_continuation_before_it(local):
     assert cut.finish == "stop"
 
 
+def test_a_prompt_longer_than_the_window_is_told(folder):
+    local = connect(model=folder, cache=False)
+    window = local.model.config.max_position_embeddings
+    long = "the cat " * window
+    for ask in (local.generate, local.token_logprobs, lambda text: local.score(text, ["cat"])):
+        with pytest.raises(InputError, match=f"window of {window}"):
+            ask(long)
+    near = "the " * (window - 3)
+    (made,) = local.generate(near, max_tokens=50)
+    assert made.completion_tokens <= 3
+
+
 def test_a_model_without_a_chat_template_says_so(local):
     with pytest.raises(ModelError, match="no chat template"):
         local.chat(ASK)
@@ -220,10 +237,196 @@ def test_log_probabilities_that_are_accepted_and_not_given_are_named():
         model = endpoint(server)
         with pytest.raises(LogprobsUnavailable, match=r"127\.0\.0\.1.*gave none"):
             model.chat(ASK, logprobs=True)
-        with pytest.raises(LogprobsUnavailable, match="gave none"):
+        with pytest.raises(LogprobsUnavailable, match="gave none") as told:
             model.score("one", [" two"])
-        with pytest.raises(ScoringUnavailable, match="echo"):
-            model.score("one", [" two"])
+        assert "404" in str(told.value)  # nor has it a chat
+    with protocol_server(404) as server, pytest.raises(ScoringUnavailable, match=r"echo.*first token.*gave none"):
+        endpoint(server).score("one", [" two"])
+    with protocol_server(401) as server, pytest.raises(EndpointError, match="401") as told:
+        endpoint(server).score("one", [" two"])
+    assert not isinstance(told.value, ScoringUnavailable)
+
+
+def no_completions(path, body):
+    return None if path.endswith("/chat/completions") else (404, {"message": "no such route"})
+
+
+def test_without_echo_words_of_one_token_are_scored_by_the_first_token_of_an_answer():
+    first = [("yes", math.log(0.5)), (" yes", math.log(0.2)), ("no", math.log(0.1)), ("It", math.log(0.05))]
+    with protocol_server(refuse=no_completions, first=first) as server:
+        model = endpoint(server)
+        found = model.score("Is it?", [" yes", " no", " perhaps"])
+        assert found == pytest.approx(np.log([0.7, 0.1, 0.05]))  # what is not told is at most the least that is
+        assert [path.rsplit("/", 2)[1] for path, *_ in server.seen] == ["v1", "chat"]
+        table = model.score_table([f"Is it {i}?" for i in range(5)], [" yes", " no"])
+        assert table.shape == (5, 2)
+        assert len(server.seen) == 7  # what it does not have is asked for once
+        assert model.usage.prompt_tokens == 6 * 7
+        with pytest.raises(ScoringUnavailable, match="more than one token"):
+            model.score("Is it?", [" Italy", " yes"])
+        with pytest.raises(ScoringUnavailable, match="none of the continuations"):
+            model.score("Is it?", [" maybe", " never"])
+
+
+def test_a_server_that_tells_five_tokens_is_asked_for_five():
+    def refuse(path, body):
+        if body.get("top_logprobs", 0) > 5:
+            return 400, {"message": "top_logprobs must be at most 5", "param": "top_logprobs"}
+        return no_completions(path, body)
+
+    with protocol_server(refuse=refuse, first=[("yes", -0.1), ("no", -3.0)]) as server:
+        assert endpoint(server).score_table(["a", "b"], [" yes", " no"])[1] == pytest.approx([-0.1, -3.0])
+
+
+@pytest.mark.parametrize(
+    ("parameter", "status", "error"),
+    [
+        ("seed", 422, {"message": "{'detail': [{'type': 'extra_forbidden', 'loc': ['body', 'seed']}]}"}),
+        ("temperature", 400, {"message": "Only the default (1) value is supported.", "param": "temperature"}),
+        ("top_p", 400, {"message": "Unsupported parameter: top_p", "param": None}),
+    ],
+)
+def test_a_parameter_that_a_server_does_not_take_is_left_out_and_told_once(parameter, status, error):
+    with protocol_server(refuse=lambda path, body: (status, error) if parameter in body else None) as server:
+        model = endpoint(server)
+        with pytest.warns(UserWarning, match=f"does not take {parameter}") as told:
+            made = model.generate("one two", 3, temperature=0.5, top_p=0.9, seed=1)
+        assert [one.text for one in made] == ["two one"] * 3
+        assert len(told) == 1
+        before = len(server.seen)
+        assert model.chat(ASK).text == "three two one"
+        assert len(server.seen) == before + 1
+        assert parameter not in server.seen[-1][1]
+
+
+def test_new_names_and_stop_texts_are_a_matter_of_the_client():
+    def refuse(path, body):
+        if "max_tokens" in body:
+            text = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+            return 400, {"message": text, "param": "max_tokens", "code": "unsupported_parameter"}
+        return (400, {"message": "no", "param": "stop"}) if "stop" in body else None
+
+    with protocol_server(refuse=refuse) as server:
+        made = endpoint(server).chat(ASK, stop=["one"], max_tokens=9, logprobs=True)
+    assert (made.text, made.finish) == ("three two ", "stop")
+    assert all(token.start < len(made.text) for token in made.tokens)
+    assert server.seen[-1][1]["max_completion_tokens"] == 9
+
+
+def test_a_refusal_that_repeats_the_request_is_told_as_it_is():
+    with protocol_server(
+        refuse=lambda path, body: (400, {"message": f"too long: { ({'seed': 1, 'temperature': 0}) }"})
+    ) as server:
+        with pytest.raises(EndpointError, match="too long"):
+            endpoint(server).chat(ASK)
+        assert len(server.seen) == 1
+
+
+def test_top_p_is_sent_and_continuations_are_asked_for_together():
+    with protocol_server(*["slow"] * 6, delay=0.3) as server:
+        model = endpoint(server, concurrency=6)
+        began = time.perf_counter()
+        model.generate("one two", 6, top_p=0.9, temperature=1.0)
+        assert time.perf_counter() - began < 6 * 0.3
+    assert {body["top_p"] for _, body, _ in server.seen} == {0.9}
+    assert {body["seed"] for _, body, _ in server.seen} == set(range(6))
+
+
+def test_no_more_requests_at_a_time_than_was_said():
+    now, most, lock = 0, 0, threading.Lock()
+
+    def answer(messages):
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.03)
+        with lock:
+            now -= 1
+        return "yes"
+
+    with protocol_server(answer=answer) as server:
+        endpoint(server, concurrency=3).generate_many([f"{i}" for i in range(4)], 4, temperature=1.0)
+    assert 2 <= most <= 3
+
+
+def test_a_key_that_cannot_be_sent_is_refused_without_being_told(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\nkey")
+    with pytest.raises(InputError, match="OPENAI_API_KEY") as told:
+        connect("http://localhost:1/v1", "m", cache=False)
+    assert "secret" not in str(told.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key\n")  # of a file that was read whole
+    with protocol_server() as server:
+        assert endpoint(server).chat(ASK).text == "three two one"
+    assert {name.lower(): value for name, value in server.seen[0][2].items()}["authorization"] == "Bearer secret-key"
+
+
+def test_an_error_with_status_200_is_told():
+    with protocol_server(refuse=lambda path, body: (200, {"message": "the upstream is out"})) as server:
+        with pytest.raises(EndpointUnavailable, match="the upstream is out"):
+            endpoint(server).chat(ASK)
+        assert len(server.seen) == 3
+
+
+def test_an_address_without_v1_is_told():
+    with protocol_server(404) as server, pytest.raises(EndpointError, match="end with /v1"):
+        connect(server.url.removesuffix("/v1"), "m", cache=False).chat(ASK)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "places", "text", "starts"),
+    [
+        (["<s>", "one", " two", "!"], [0, 3, 6, 10], "one two!", [0, 3]),  # a token that begins every text is told
+        (["caf", "bytes:\\xc3", "bytes:\\xa9", " no", "!"], [0, 3, 3, 4, 7], "café no!", [0, 3, 3, 4]),
+    ],
+)
+def test_tokens_that_are_not_text_are_placed_in_it(pieces, places, text, starts):
+    told = {"tokens": pieces, "token_logprobs": [None, *([-1.0] * (len(pieces) - 1))], "text_offset": places}
+    tokens, _ = _read_echo({"choices": [{"text": text, "logprobs": told}]}, text[:-1])
+    assert [token.start for token in tokens] == starts
+    assert "".join(token.text for token in tokens) == text[:-1]
+
+
+def test_parts_of_an_answer_are_put_together():
+    content = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "4"}, {"type": "text", "text": "2"}]
+    made = _read_chat({"choices": [{"message": {"content": content}}], "usage": {"prompt_tokens": None}})
+    assert (made.text, made.prompt_tokens) == ("42", 0)
+
+
+def test_weights_that_were_saved_anew_are_another_model(folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    first = connect(model=str(copied), cache=tmp_path / "a.sqlite")
+    first.score("the", ["cat"])
+    again = connect(model=str(copied), cache=tmp_path / "a.sqlite")
+    again.score("the", ["cat"])
+    assert (again.usage.calls, again.usage.cached) == (0, 1)
+    weights = next(copied.glob("*.safetensors"))
+    os.utime(weights, ns=(1, 1))
+    other = connect(model=str(copied), cache=tmp_path / "a.sqlite")
+    other.score("the", ["cat"])
+    assert (other.usage.calls, other.usage.cached) == (1, 0)
+
+
+def test_tokens_of_scores_are_counted_and_kept(folder, tmp_path):
+    model = connect(model=folder, cache=tmp_path / "a.sqlite")
+    first = model.score_many(["the cat", "the dog sat"], ["sat", "on the mat"])
+    assert [one.tokens for one in first] == [2 + 4, 3 + 4]
+    assert model.usage.prompt_tokens == 13
+    again = model.score_many(["the cat", "the dog sat"], ["sat", "on the mat"])
+    assert [one.tokens for one in again] == [6, 7]
+    assert all(one.cached for one in again)
+    assert model.usage.prompt_tokens == 13
+    model.token_logprobs("the cat sat")
+    assert model.usage.prompt_tokens == 16
+
+
+def test_what_was_scored_before_a_failure_is_kept(tmp_path):
+    with protocol_server("ok", "ok", 401, 401, 401) as server:
+        model = endpoint(server, tmp_path, concurrency=1)
+        with pytest.raises(EndpointError, match="401"):
+            model.score_table(["a b", "c d", "e f", "g h"], [" x"])
+        model.score_table(["a b", "c d"], [" x"])
+        assert model.usage.cached == 2
 
 
 def test_a_server_that_is_not_there_is_told():

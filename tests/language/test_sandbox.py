@@ -379,6 +379,73 @@ def test_a_helper_that_was_lost_is_replaced():
         assert made.run("def f(x): return x", [3]) == [3]
 
 
+def test_who_drips_bytes_is_not_waited_for(unchecked):
+    code = (
+        "    lock = reach('_thread').allocate_lock()\n    lock.acquire()\n"
+        "    for _ in range(100):\n        lock.acquire(True, 0.3)\n"
+        "        for fd in range(3, 30):\n            try:\n                reach('posix').write(fd, b'[')\n"
+        "            except BaseException:\n                pass\n"
+    )
+    began = time.perf_counter()
+    assert unchecked(ESCAPE + "def f(x):\n" + code, timeout_s=0.1).reason == "timeout"
+    assert time.perf_counter() - began < 15
+
+
+def test_all_results_together_are_bounded():
+    found = run_sandboxed("def f(x): return 'x' * (10 ** 6)", list(range(60)))
+    assert reasons(found)[:15] == ["value"] * 15
+    assert reasons(found)[-1] == "output"
+
+
+def test_an_interrupted_call_leaves_no_answer_behind(monkeypatch):
+    with Sandbox() as made:
+        assert made.run("def f(x): return x", [1]) == [1]
+
+        class Interrupted:
+            def __init__(self, pipe):
+                self.pipe = pipe
+
+            def readline(self):
+                raise KeyboardInterrupt
+
+        kept = made._pipes
+        monkeypatch.setattr(made, "_pipes", lambda: (kept()[0], Interrupted(kept()[1])))
+        with pytest.raises(KeyboardInterrupt):
+            made.run("def f(x): return 'old'", [1])
+        monkeypatch.undo()
+        assert made.run("def f(x): return 'new'", [1]) == ["new"]
+
+
+def test_a_forked_process_has_a_helper_of_its_own():
+    assert run_sandboxed("def f(x): return x", [1]) == [1]
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.write(write, json.dumps([run_sandboxed("def f(x): return x * 10", list(range(30)))]).encode())
+        finally:
+            os._exit(0)
+    mine = [run_sandboxed("def f(x): return -x", [i])[0] for i in range(30)]
+    os.waitpid(pid, 0)
+    assert mine == [-i for i in range(30)]
+    assert json.loads(os.read(read, 1 << 16)) == [[10 * i for i in range(30)]]
+    os.close(read)
+    os.close(write)
+    assert run_sandboxed("def f(x): return x", [7]) == [7]
+
+
+def test_an_escape_that_python_warns_of_is_no_failure():
+    assert run_sandboxed('import re\ndef f(s): return re.sub("\\d", "", s)', ["a1b2"]) == ["ab"]
+
+
+@pytest.mark.parametrize(
+    "code", ["def f(x): return x.\u005f\u005fclass__", "def f(x): return ｅval('1')", "def f(x): return x.ｏs"]
+)
+def test_letters_that_are_read_as_others_are_refused_as_those(code):
+    with pytest.raises(UnsafeCode):
+        run_sandboxed(code, [1])
+
+
 def test_threads_take_turns():
     found = {}
 

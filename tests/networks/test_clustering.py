@@ -592,6 +592,10 @@ def test_baselines_on_easy_rows():
     deep = baseline_labels(x, 3, names=["DEC", "k-means on a plain autoencoder's codes"], epochs=6, batch_size=20)
     assert list(deep) == ["DEC", "k-means on a plain autoencoder's codes"]
     assert all(adjusted_rand_score(y, labels) > 0.9 for labels in deep.values())
+    images = np.repeat(x[:, :, None], 4, axis=2).astype(np.float32)
+    images.setflags(write=False)
+    TELL(3, encoder=None, init="kmeans", epochs=1, batch_size=20).fit(images)
+    assert np.array_equal(baseline_labels(pd.DataFrame(x), 3)["k-means"], baseline_labels(x, 3)["k-means"])
     with pytest.raises(InputError, match="no baseline N2D"):
         baseline_labels(x, 3, names=["N2D"])
     with pytest.raises(DataError, match="row 1 is zero"):
@@ -642,6 +646,20 @@ def test_the_chart_clusters_the_inputs_of_a_black_box():
     values = a_finding(black_box(x, target, "regression", modality="tabular", features=tuple("abcd")))
     assert re.search(r"5 clusters of the inputs tell \d+ % of the target's variance", values.headline)
     assert "surely" in values.advice or "better" in values.advice
+
+
+def test_the_chart_shows_the_mean_series_of_each_cluster():
+    x, y = blobs(400, 12, 3, noise=0.6)
+    series = black_box(x[..., None], y, "classification", modality="series", classes=("1", "2", "3"))
+    finding = a_finding(series)
+    curves = [trace for trace in finding.figure.data if trace.name in ("cluster 0", "cluster 1", "cluster 2")][3:]
+    model = TELL(3, encoder=None, init="kmeans", epochs=20, seed=0)
+    mean, scale = x[:240].mean(axis=0), x[:240].std(axis=0)
+    labels = model.fit((x[:240] - mean) / scale).predict((x[320:] - mean) / scale)
+    for j, curve in enumerate(curves):
+        assert np.allclose(curve.y, x[320:][labels == j].mean(axis=0), atol=1e-3)
+    assert "mean of each cluster's series" in finding.reading
+    assert finding.figure.layout.xaxis2.type == "category"  # classes called by numbers are no axis of numbers
 
 
 def test_the_chart_trains_an_encoder_for_images_of_a_black_box(digits):

@@ -97,12 +97,12 @@ def test_a_value_for_each_series():
 
 def test_errors():
     network = small()
-    for bad in (series(2, 10), series(2, 10, 3), series(2, 2, 10)):
-        with pytest.raises(InputError, match=r"takes \(batch, length, 2\), got"):
+    for bad in (series(2, 10), series(2, 10, 3), series(2, 2, 10), series(2, 10, 2).long(), series(2, 10, 2).cfloat()):
+        with pytest.raises(InputError, match=r"takes real \(batch, length, 2\), got"):
             network(bad)
     with pytest.raises(InputError, match="at least one row and one step"):
         network(torch.zeros(2, 0, 2))
-    with pytest.raises(InputError, match=r"step takes \(batch, 2\)"):
+    with pytest.raises(InputError, match=r"step takes real \(batch, 2\)"):
         network.step(series(2, 3), network.initial_state(2))
     with pytest.raises(InputError, match="reads the future"):
         small(bidirectional=True).initial_state(2)

@@ -11,6 +11,7 @@ from scipy.special import eval_laguerre, eval_legendre
 
 from theodolite.core.errors import InputError
 from theodolite.networks.hippo import (
+    HippoMemory,
     basis,
     discretize,
     hippo_matrix,
@@ -145,6 +146,27 @@ def test_windows_end_at_one_and_not_at_two(measure):
         assert not found[:, 1].any()
 
 
+def test_the_size_of_outputs_does_not_depend_on_the_number_of_states():
+    """With C ~ N(0, 1) the outputs' variance is the mean of |x|^2: the input's, for a band that the basis resolves.
+
+    LagT's functions have no weight of size 1, and its outputs grow with N.
+    """
+    steps, length = 500, 30_000
+    spectrum = np.fft.rfft(np.random.default_rng(0).normal(size=length))
+    spectrum[np.fft.rfftfreq(length) * steps > 1.5] = 0
+    u = np.fft.irfft(spectrum, length)
+    u /= u[2500:].std()
+    size = {
+        (measure, n): float((HippoMemory(measure, n, memory_steps=steps).transform(u)[2500:, 0] ** 2).sum(1).mean())
+        for measure in ("legs", "legt", "fout", "lagt")
+        for n in (16, 32, 64)
+    }
+    for measure in ("legs", "legt", "fout"):
+        assert [size[measure, n] for n in (16, 32, 64)] == pytest.approx([1.0] * 3, abs=0.12)
+        assert size[measure, 64] / size[measure, 32] == pytest.approx(1.0, abs=0.03)
+    assert size["lagt", 64] > 2 * size["lagt", 16]
+
+
 def test_orthonormal_by_gauss_quadrature():
     nodes, weights = leggauss(40)
     y, w = (nodes + 1) / 2, weights / 2
@@ -200,7 +222,7 @@ def test_too_coarse_a_step_is_warned_of():
 def test_measures_and_sizes_are_checked(call):
     with pytest.raises(InputError, match="there are legs, legt, fout, foud, lagt"):
         call("legz", 4)
-    with pytest.raises(InputError, match="at least 1, got 0"):
+    with pytest.raises(InputError, match="whole number of at least 1, got 0"):
         call("legs", 0)
     for measure in ("fout", "foud"):
         with pytest.raises(InputError, match="must be even, got 5"):
@@ -218,6 +240,8 @@ def test_discretize_checks_what_it_is_given():
     for dt in (0.0, -1.0, np.nan, np.inf):
         with pytest.raises(InputError, match="dt must be a positive number"):
             discretize(A, B, dt)
+    with pytest.raises(InputError, match="finite"):
+        discretize(np.where(A < -1, np.nan, A), B, 0.1)
     with pytest.raises(InputError, match="zoh and bilinear"):
         discretize(A, B, 0.1, "euler")
     with pytest.raises(InputError, match="alpha must be in"):

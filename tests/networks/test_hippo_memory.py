@@ -157,7 +157,7 @@ def test_a_readout_answers_with_its_weights():
     ("options", "words"),
     [
         ({"measure": "legz"}, "there are legs, legt, fout, foud, lagt"),
-        ({"n_state": 0}, "n_state must be at least 1"),
+        ({"n_state": 0}, "n_state must be a whole number of at least 1"),
         ({"measure": "fout", "n_state": 5}, "must be even"),
         ({"dt": -0.1, "memory_steps": None}, "dt must be a positive number"),
         ({"dt": 0.0, "memory_steps": None}, "dt must be a positive number"),
@@ -190,8 +190,11 @@ def test_broken_series_are_told():
     for empty in (np.zeros(0), np.zeros((3, 0)), np.zeros((2, 2, 2))):
         with pytest.raises(DataError, match="at least one sample"):
             memory.transform(empty)
+    for no_numbers in (["a", "b"], [[1.0], [1.0, 2.0]]):
+        with pytest.raises(DataError, match="rows of numbers"):
+            memory.transform(no_numbers)
     memory.update(1.0)
-    with pytest.raises(InputError, match="the stream has 1 channels, this sample has 2"):
+    with pytest.raises(InputError, match="the stream has 1 channels of 4 states, this sample 2 of 4"):
         memory.update(np.zeros(2))
 
 

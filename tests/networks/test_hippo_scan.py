@@ -1,5 +1,6 @@
 """The scan of series that ask for a known memory, its chart and its command."""
 
+import copy
 import json
 
 import numpy as np
@@ -9,11 +10,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 from theodolite.cli import app
+from theodolite.core.builtin import builtin
 from theodolite.core.errors import DataError, InputError
 from theodolite.core.sources import find_data
 from theodolite.core.subject import Dataset, Rows, Subject
+from theodolite.core.train import Recipe, train
 from theodolite.networks.diagonal_ssm import S4DClassifier
-from theodolite.networks.hippo import memory_scan
+from theodolite.networks.hippo import S4, memory_scan
 from theodolite.survey.plan import make_plan
 from theodolite.survey.run import measure
 
@@ -118,7 +121,93 @@ def test_the_chart_tells_memory_and_what_the_network_has(classes):
 def test_a_network_without_such_layers_has_no_time_scales():
     finding = measure("hippo", subject(network=nn.Sequential(nn.Flatten(), nn.Linear(96, 2))))
     assert "network" not in finding.headline
-    assert len(finding.numbers) == 5
+    assert len(finding.numbers) == 6
+
+
+class OfOthers(nn.Module):
+    """A layer of another's making, which has time steps by the name that they usually have."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_dt, self.head = nn.Parameter(torch.tensor([0.1, 0.01]).log()), nn.Linear(96, 2)
+
+    def forward(self, x):
+        return self.head(x.flatten(1))
+
+
+def test_time_steps_of_other_layers_are_told_too():
+    finding = measure("hippo", subject(network=OfOthers()))
+    assert "of the network's 2 channels" in finding.headline
+    assert finding.numbers["median memory of the network's channels"].value == pytest.approx(55.0)
+
+
+class ByPixel(nn.Module):
+    """Reads a table's row as a series by S4 layers of two kinds: rows are told by the first value, which needs memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = S4(8, 8, dt_min=0.01, dt_max=1.0, seed=0), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.layer.convolve(x[..., None].expand(-1, -1, 8))[:, -1])
+
+
+@pytest.fixture(scope="module")
+def by_pixel():
+    def part(n, seed):
+        x = torch.randn(n, 30, generator=torch.Generator().manual_seed(seed))
+        return Rows(x, (x[:, 0] > 0).long())
+
+    data = Dataset("firsts", "tabular", "classification", part(300, 0), part(60, 1), part(200, 2), classes=("n", "y"))
+    network = ByPixel()
+    train(network, data.train.x, data.train.y, recipe=Recipe(epochs=30, batch_size=16, lr=1e-2))
+    return Subject("firsts", data, network.eval())
+
+
+def test_layers_are_charted_whatever_the_data(by_pixel):
+    (step,) = [step for step in make_plan(by_pixel) if step.slug == "hippo"]
+    assert step.applies, step.reason
+    before = copy.deepcopy(by_pixel.predictor.state_dict())
+    finding = measure("hippo", by_pixel)
+    memory = 1 / by_pixel.predictor.layer.kernel.dt.detach()
+    assert "of 30 that they read" in finding.headline
+    assert finding.numbers["median memory of the network's channels"].value == pytest.approx(memory.median(), rel=0.5)
+    longest = memory.argsort(descending=True)[:2]
+    quiet = copy.deepcopy(by_pixel.predictor)
+    with torch.no_grad():
+        quiet.layer.kernel.C[longest] = 0
+    assert finding.comparison.estimate == by_pixel.quality(quiet)
+    assert [control.kind for control in finding.comparison.controls] == ["random", "reference"]
+    assert finding.comparison.controls[1].estimate == by_pixel.quality()
+    names = [trace.name for trace in finding.figure.data]
+    assert "basis function 0" in names
+    assert sum("layer.kernel, channel" in str(name) for name in names) == 5
+    json.dumps(finding.to_json(), allow_nan=False)
+    after = by_pixel.predictor.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+class Streamed(ByPixel):
+    """The same layer, one value at a time."""
+
+    def forward(self, x):
+        state = self.layer.initial_state(len(x))
+        for value in x.unbind(dim=1):
+            y, state = self.layer.step(value[:, None].expand(-1, 8), state)
+        return self.head(y)
+
+
+def test_a_network_that_streams_is_charted_and_left_as_it_was(by_pixel):
+    network = Streamed().eval()
+    before = copy.deepcopy(network.state_dict())
+    finding = measure("hippo", Subject("stream", by_pixel.data, network))
+    assert "that they read" not in finding.headline
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_a_black_box_of_a_table_is_refused():
+    (step,) = [step for step in make_plan(builtin("breast-cancer")) if step.slug == "hippo"]
+    assert step.reason == "needs series data, or a network that holds state space layers; these data are tabular"
 
 
 def test_short_series_are_refused_with_the_reason():
@@ -147,11 +236,11 @@ def waves(tmp_path):
 
 
 def test_a_plain_table_is_scanned(waves):
-    answer = run("--scan", waves, "--column", "wave", "--window", 40, "--json")
+    answer = run("--scan", waves, "--column", "wave", "--window", 30, "--json")
     assert answer.exit_code == 0, answer.output
     found = json.loads(answer.stdout)
     assert found["series"] == "wave"
-    assert found["windows"].endswith("of 40 steps")
+    assert found["windows"].endswith("of 30 steps")
     assert found["dt"] == pytest.approx(1 / found["memory_needed"], rel=0.01)
     assert found["error_from_that_memory"]["high"] < found["error_from_the_last_value"]["low"]
     assert "The next value needs" in found["finding"]
@@ -188,6 +277,15 @@ def test_a_gap_in_the_series_is_told(tmp_path):
     assert answer.exit_code == 1
     assert "missing" in str(answer.exception)
     assert run("--scan", path, "--column", "v", "--missing", "last", "--json").exit_code == 0
+
+
+def test_a_short_series_is_not_called_sure(tmp_path):
+    """Thirteen test windows of 16 steps are one stretch of the series, over which there is no interval."""
+    t = np.arange(144)
+    (tmp_path / "short.csv").write_text("v\n" + "".join(f"{value:.4f}\n" for value in np.sin(t / 2) + t / 50))
+    found = json.loads(run("--scan", tmp_path / "short.csv", "--json").stdout)
+    assert "no sure gain from memory" in found["finding"]
+    assert "1 independent stretches are too few to tell" in found["finding"]
 
 
 @pytest.mark.slow

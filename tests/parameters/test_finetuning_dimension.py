@@ -392,6 +392,10 @@ def test_a_dataset_and_regression_work():
     same = fine_tuning_dimension(mlp, table, dimensions=(5,), reference=0.9, **QUICK)
     ours = fine_tuning_dimension(mlp, DATA, dimensions=(5,), reference=0.9, **QUICK)
     assert np.array_equal(same.curve.runs, ours.curve.runs)
+    arrays = {name: {column: v.numpy() for column, v in part.items()} for name, part in DATA.items()}
+    arrays["train"]["input"] = arrays["train"]["input"].astype(np.float64)
+    same = fine_tuning_dimension(mlp, arrays, dimensions=(5,), reference=0.9, **QUICK)
+    assert np.array_equal(same.curve.runs, ours.curve.runs)
     values = {name: {"input": part, "labels": part[:, 0] + 0.5 * part[:, 1]} for name, part in x.items()}
 
     def line(seed):
@@ -498,6 +502,7 @@ def changed(part, **columns):
     (changed("test", labels=torch.ones(80)), "class indices"),
     (changed("test", labels=torch.ones(79, dtype=torch.long)), "same number of rows"),
     (changed("test", input=torch.ones(80, 4)), "cannot take the rows of test"),
+    (changed("test", labels=np.array(["a"] * 80)), "arrays of numbers"),
     ({"train": DATA["train"]}, "parts train, validation and test"),
     ({"train": {"labels": DATA["train"]["labels"]}, "validation": {}, "test": {}}, "at least one input"),
 ])  # fmt: skip

@@ -11,6 +11,8 @@ from theodolite.core.errors import InputError, ModelError, TheodoliteError
 from theodolite.core.sources import find_data
 from theodolite.language.pretrained import model_folder
 from theodolite.parameters.finetuning_dimension import BuildTextClassifier, FineTuningSubspace, token_columns
+from theodolite.parameters.peft import PEFTModel
+from theodolite.run_commands import unified_peft
 
 transformers = pytest.importorskip("transformers")
 WORDS = ["good", "fine", "bad", "poor", "film", "plot", "the", "a", "was", "very"]
@@ -175,6 +177,56 @@ def test_the_command_says_what_is_wrong(encoder, tmp_path):
         assert words in str(done.exception)
     done = run("--model", tmp_path, "--data", path, "--text", "text")
     assert "no folder with a Hugging Face model" in str(done.exception)
+
+
+def adapted(*arguments):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return CliRunner().invoke(app, ["run", "unified-peft", *map(str, arguments)])
+
+
+def test_adapters_are_trained_on_a_table_of_texts_and_read_again(encoder, tmp_path):
+    path = tmp_path / "reviews.csv"
+    pd.DataFrame(reviews(200, 0), columns=["words", "kind"]).to_csv(path, index=False)
+    given = ("--model", encoder, "--data", path, "--text", "words", "--target", "kind", "--json")
+    done = adapted(
+        *given, "--method", "mam", "--budget", 1200, "--epochs", 12, "--rate", 0.02, "--out", tmp_path / "out"
+    )
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["test_accuracy"]["value"] > 0.9
+    assert found["test_accuracy"]["low"] < found["test_accuracy"]["value"]
+    assert 34 < found["numbers_trained"] <= 1200 + 34
+    assert f"PEFTModel.load(BuildTextClassifier({encoder!r}, 2)(0), folder)" in found["read_with"]
+    made = PEFTModel.load(BuildTextClassifier(encoder, 2)(0), tmp_path / "out")
+    columns = inputs(token_columns(encoder, ["the film was good", "the plot was bad"], [0, 1]))
+    with torch.no_grad():
+        assert made.eval()(**columns).argmax(dim=1).tolist() == [1, 0]
+
+
+def test_methods_are_compared_on_a_table_of_texts(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(unified_peft, "_SEEDS", 2)
+    monkeypatch.setattr(unified_peft, "_RATES", {"": (1e-3,)})
+    path = tmp_path / "reviews.csv"
+    pd.DataFrame(reviews(60, 0), columns=["words", "kind"]).to_csv(path, index=False)
+    given = ("--model", encoder, "--data", path, "--text", "words", "--target", "kind", "--epochs", 1)
+    done = adapted(*given, "--budget", 1000, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert {name.split(",")[0] for name, value in found.items() if isinstance(value, dict)} == {
+        "scaled_parallel", "parallel", "houlsby", "lora", "prefix", "mam", "bitfit", "head", "full", "sequential",
+        "parallel at attention",
+    }  # fmt: skip
+    assert {name for name in found if name.startswith("worth of")} == {
+        "worth of parallel - sequential", "worth of scale - add", "worth of ffn - attention",
+    }  # fmt: skip
+    assert "training mam, seed 1" in done.stderr
+    for arguments, words in (
+        (("--budget", 1), "no method fits"),
+        (("--out", tmp_path), "goes with --method"),
+        (("--rate", 0), "above 0"),
+    ):
+        assert words in str(adapted(*given, *arguments).exception)
 
 
 def test_minilm_reads_mrpc():

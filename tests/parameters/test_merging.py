@@ -372,7 +372,9 @@ def test_task_vectors():
     assert "lm_head.weight" not in tau
     assert torch.equal(tau["norm.weight"], torch.zeros(4))
     assert torch.allclose(tau["layers.0.bias"], nets[1].layers[0].bias.detach() - nets[0].layers[0].bias.detach())
-    assert all(not bool(t.any()) for t in task_vector(nets[0], nets[0]).values())
+    same = task_vector(nets[0].double(), nets[0])
+    assert same.keys() == tau.keys()
+    assert all(t.dtype == torch.float64 and not bool(t.any()) for t in same.values())
 
 
 # ---- errors of a merge
@@ -711,6 +713,7 @@ def test_fitness_helpers_are_their_definitions():
     assert measure(net) == 0.75  # no dropout
     assert net.training
     assert measure.measure(net)[1] == pytest.approx(math.sqrt(0.75 * 0.25 / 40))
+    assert accuracy_fitness(x.double().numpy(), y.tolist())(net) == 0.75  # rows as users have them, in any precision
     both = multi_fitness([measure, lambda model: 0.25], weights=[1, 3])
     assert both(net) == pytest.approx(0.375)
     assert both.measure(net)[1] == pytest.approx(measure.measure(net)[1] / 4)
@@ -721,6 +724,8 @@ def test_fitness_helpers_are_their_definitions():
     )
     for call, text in [
         (lambda: accuracy_fitness(x, y[:3]), "as many targets"),
+        (lambda: accuracy_fitness(x, x), "class index"),
+        (lambda: multi_fitness([measure, 0.5]), "a function of a model"),
         (lambda: perplexity_fitness(ids[:, :1]), "at least two tokens"),
         (lambda: perplexity_fitness(ids, mask=torch.ones(2, 2)), "shape of the tokens"),
         (lambda: perplexity_fitness(ids, mask=torch.zeros(5, 7)), "no token"),

@@ -57,6 +57,8 @@ def test_snip_is_weight_times_gradient_of_the_mean_loss():
     scores = pruning_scores(net, "snip", data=(x, y))
     for name, gradient in by_hand.items():
         assert torch.allclose(scores[name], (net.get_parameter(name).detach() * gradient).abs(), rtol=1e-12)
+    of_arrays = pruning_scores(net, "snip", data=(x.numpy(), y.tolist()))
+    assert all(torch.equal(of_arrays[name], scores[name]) for name in scores)
 
 
 def test_synflow_is_the_sum_over_all_paths_through_a_weight():

@@ -6,6 +6,7 @@ import warnings
 from importlib.util import find_spec
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -400,6 +401,24 @@ def test_a_class_without_rows_is_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert unit_scores(net, (x, torch.arange(8)), criterion="weight")["0"].shape == (8,)
+
+
+def test_arrays_and_tables_are_rows_too():
+    x, y = two_moons()
+    net = small_net(x, y)
+    wanted = unit_scores(net, (x[:20], y[:20]))
+    table = pd.DataFrame(x[:20].double().numpy())
+    table.to_numpy().flags.writeable = False
+    for rows, labels in (
+        (x[:20].double().numpy(), y[:20].numpy()),
+        (table, pd.Series(y[:20].tolist(), index=range(5, 25))),
+    ):
+        found = unit_scores(net, (rows, labels))
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        assert torch.equal(relevance(net, rows, labels)["0"], relevance(net, x[:20], y[:20])["0"])
+        assert RelevancePruner(amount=0.3, n_per_class=2).fit(net, rows, labels).n_reference == 4
+    with pytest.raises(DataError, match="turn names into indices"):
+        relevance(net, x[:2], ["left", "right"])
 
 
 def test_wrong_data_are_refused():

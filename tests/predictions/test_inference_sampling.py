@@ -5,6 +5,7 @@ import math
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from theodolite.core.errors import DataError, InputError
@@ -237,8 +238,10 @@ def test_a_program_without_end_is_not_enumerated_for_ever(monkeypatch):
         (lambda: categorical([0.5, 0.4]), r"sum to 1, got \(0.5, 0.4\)"),
         (lambda: categorical([1.5, -0.5]), "at least 0"),
         (lambda: categorical([math.nan, 1.0]), "nan"),
+        (lambda: categorical([0.5, math.nan]), "nan"),
         (lambda: categorical([]), "sum to 1"),
         (lambda: uniform_discrete(0), "at least one value"),
+        (lambda: uniform_discrete({1, 2}), "list of values"),
         (lambda: uniform(2, 1), "low must be below high, got 2 and 1"),
         (lambda: inf.dirichlet([1, 0]), "alpha must be positive"),
         (lambda: inf.dirichlet([]), "at least one alpha"),
@@ -456,8 +459,30 @@ def test_recalibration_finds_the_temperature(temperature):
         (np.zeros((1, 2)), np.array([2])),
         (np.zeros((1, 2)), np.array([-1])),
         (np.zeros((0, 2)), np.array([], dtype=np.int64)),
+        (np.zeros((1, 2)), np.array([1.0])),
+        (np.zeros((1, 2)), ["cat"]),
     ],
 )
 def test_broken_probabilities_are_refused(logp, labels):
     with pytest.raises(DataError, match="needs"):
         recalibration(logp, labels)
+
+
+def test_recalibration_takes_lists_and_series():
+    p = np.array([[0.7, 0.3], [0.2, 0.8], [0.6, 0.4]])
+    labels = [0, 1, 1]
+    found = [
+        importance(recalibration(logp, one), 20, 0).log_evidence
+        for logp, one in (
+            (np.log(p), np.array(labels)), (np.log(p).tolist(), labels), (np.log(p), pd.Series(labels, index=[7, 8, 9])),
+        )
+    ]  # fmt: skip
+    assert found[0] == found[1] == found[2]
+    with pytest.raises(InputError, match="at least one block"):
+        recalibration(np.log(p), labels, blocks=0)
+
+
+def test_a_number_of_any_kind_says_how_many_values_there_are():
+    assert enumerate_exact(uniform_discrete(np.int64(3))).probabilities() == pytest.approx(
+        dict.fromkeys(range(3), 1 / 3)
+    )

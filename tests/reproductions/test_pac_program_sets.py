@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import numpy as np
@@ -13,16 +14,19 @@ from theodolite.reproductions.pac_program_sets_copy import CopyTransformer, trai
 
 TOPICS = [
     "all but a share epsilon", "optimisation is exact", "are nested", "greedy baseline", "more holes", "real mistakes", "add up",
+    "removed (epsilon = 0.2), ATIS", "held-out questions, ATIS",
 ]  # fmt: skip
-ON_QUESTIONS = TOPICS[4:]
+ON_QUESTIONS, FULL_ONLY = TOPICS[4:], TOPICS[7:]
 
 
 @pytest.mark.slow
 def test_every_claim_is_told_and_the_exact_ones_hold():
-    if find_data(paper._FILE) is None:
-        pytest.skip(f"needs {paper._FILE}: set THEODOLITE_DATA")
+    for file in (paper._FILE, paper._ATIS):
+        if find_data(file) is None:
+            pytest.skip(f"needs {file}: set THEODOLITE_DATA")
     claims = quick_claims("pac-program-sets", TOPICS)
-    assert [topic for topic, claim in claims.items() if claim.measured is None] == []
+    assert [topic for topic, claim in claims.items() if claim.measured is None] == FULL_ONLY
+    assert all("full reproduction only" in claims[topic].scaled for topic in FULL_ONLY)
     for topic in ("all but a share epsilon", "optimisation is exact", "are nested", "add up"):
         assert claims[topic].holds is True, topic
 
@@ -36,7 +40,7 @@ def test_without_the_questions_what_is_missing_is_told(monkeypatch):
     for topic, claim in zip(ON_QUESTIONS, told[4:], strict=True):
         assert topic in claim.claim
         assert (claim.measured, claim.holds) == (None, None)
-        assert "text2sql/geography.json" in claim.scaled
+        assert ("text2sql/atis.json.gz" if topic in FULL_ONLY else "text2sql/geography.json") in claim.scaled
 
 
 def test_brute_force_by_hand():
@@ -82,9 +86,10 @@ def test_questions_are_learned_and_written(tmp_path):
          "sentences": [{"text": f"what is the {name} of v0", "question-split": part} for part in ("train", "train", "test")]}
         for name in ("area", "size")
     ]  # fmt: skip
-    path = tmp_path / "questions.json"
-    path.write_text(json.dumps(queries))
-    made = train_text_to_sql(path, width=16, layers=1, epochs=150)
+    path = tmp_path / "questions.json.gz"
+    too_long = {"sql": ["SELECT " + "a , " * 20 + "b ;"], "sentences": [{"text": "all", "question-split": "train"}]}
+    path.write_bytes(gzip.compress(json.dumps([*queries, too_long]).encode()))
+    made = train_text_to_sql(path, width=16, layers=1, epochs=150, longest=20)
     assert made.trained_on == 4
     assert [one.text for one in made.generations] == made.references
     for one in made.generations:

@@ -8,7 +8,7 @@ from theodolite.reproductions.claim import Scale
 EXACT = ["linear model", "probit", "constant model", "= 3 eps", "= 5 eps", "= 10 eps", "breaks the", "same bits"]
 TOPICS = [
     *EXACT, "closest counterfactuals", "tau = 0.6", "tau = 0.75", "tau = 0.85", "confidence", "price", "T-Rex:NN",
-    "plain nearest", "ranks its survival",
+    "plain nearest", "code of an autoencoder", "ranks its survival",
 ]  # fmt: skip
 
 

@@ -42,7 +42,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from theodolite.core.errors import InputError
@@ -95,9 +95,9 @@ def rows_per_score(metric: str, steps: int = _STEPS) -> int:
 def attribution_scores(
     metric: str,
     model: Any,
-    x: Float[Tensor, "row ..."],
+    x: Num[Tensor, "row ..."],
     maps: Float[Tensor, "row ..."],
-    target: Int[Tensor, " row"] | int | None = None,
+    target: Any = None,
     *,
     removed: Removed = 0.0,
     steps: int = _STEPS,
@@ -106,7 +106,9 @@ def attribution_scores(
 ) -> Float[Tensor, " row"]:
     """Score (n,) of each row's map by ``metric``, float64; `HIGHER_IS_BETTER` tells the direction.
 
-    x: images (n, channels, height, width) with maps (n, height, width), or tables (n, features) with maps of that shape.
+    x: images (n, channels, height, width) with maps (n, height, width), or tables (n, features) with maps of that shape;
+    whole numbers are taken as real ones, since features fade. target: the class by its position, one or one a row, or by its
+    name where an estimator has names; None: the predicted one.
     removed: what a removed feature becomes: a number, a tensor that broadcasts to ``x``, or "blur" (the image, blurred);
     SIC and AIC always start from the blurred image. steps: how many equal groups of features go one after the other.
     plain: p(x) of the target where it is known already, as `target_probabilities` gives both. Fading metrics (PIC, ADP, ADD)
@@ -118,6 +120,7 @@ def attribution_scores(
     """
     name = metric_name(metric)
     view = as_view(model, memory=memory)
+    x = x if x.is_floating_point() else model_input(view.model, x.to(torch.get_default_dtype()))
     _check(name, x, maps, steps)
     columns = _Columns(view, memory)
     known = plain is not None and isinstance(target, Tensor) and target.shape == x.shape[:1]
@@ -144,7 +147,7 @@ def attribution_scores(
 def target_probabilities(
     model: Any,
     x: Float[Tensor, "row ..."],
-    target: Int[Tensor, " row"] | int | None = None,
+    target: Any = None,
     *,
     memory: int | None = None,
 ) -> tuple[Int[Tensor, " row"], Float[Tensor, " row"]]:
@@ -169,7 +172,18 @@ class _Columns:
         binary = p.shape[1] == 1 and self.view.is_module and self.view.output == "probability"
         return torch.cat([1 - p, p], dim=1) if binary else p
 
-    def targets(self, x: Tensor, target: Int[Tensor, " row"] | int | None) -> Int[Tensor, " row"]:
+    def targets(self, x: Tensor, target: Any) -> Int[Tensor, " row"]:
+        names = None if target is None or isinstance(target, Tensor) else np.asarray(target)
+        if names is not None and names.dtype.kind in "OSU":
+            place = {str(name): i for i, name in enumerate(getattr(self.view.model, "classes_", ()))}
+            unknown = sorted({str(name) for name in names.ravel()} - set(place))
+            if unknown:
+                raise InputError(
+                    f"target names {', '.join(unknown[:5])}; the model's classes are {', '.join(place) or 'not named'}"
+                )
+            names = np.array([place[str(name)] for name in names.ravel()]).reshape(names.shape)
+        if names is not None:
+            target = torch.as_tensor(names) if names.ndim else names.item()
         return self.view.targets(x, target, self(x))
 
     def at(self, x: Tensor, target: Int[Tensor, " row"]) -> tuple[Float[Tensor, " row"], Bool[Tensor, " row"]]:

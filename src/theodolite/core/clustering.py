@@ -39,8 +39,8 @@ class ClusterScores:
 def match_labels(pred: np.ndarray, true: np.ndarray) -> Matching:
     """Match the labels of ``pred`` (n,) to those of ``true`` (n,), one to one, by the Hungarian algorithm.
 
-    The numbers of different labels may differ. A majority map (many clusters to one class) would flatter a clustering
-    with many clusters; this one does not.
+    The numbers of different labels may differ; a missing label is an InputError. A majority map (many clusters to one
+    class) would flatter a clustering with many clusters; this one does not.
 
     Source: Kuhn, 1955, Naval Research Logistics Quarterly 2.
 
@@ -77,4 +77,7 @@ def _checked(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndar
     first, second = np.asarray(first), np.asarray(second)
     if first.ndim != 1 or first.shape != second.shape or not len(first):
         raise InputError(f"need two label vectors of one length >= 1, got shapes {first.shape} and {second.shape}")
+    for labels in (first, second):
+        if labels.dtype.kind in "fO" and any(label is None or label != label for label in labels.tolist()):
+            raise InputError("some labels are missing (NaN or None); leave these rows out of both vectors")
     return first, second

@@ -140,7 +140,7 @@ def bootstrap(
     """Percentile bootstrap of ``statistic`` over the rows of ``rows`` (n, ...), by whole ``groups`` (n,) where given.
 
     ``statistic`` takes an array like ``rows`` and returns a number. Rows that belong together (same person, same
-    scene, neighbouring times) must share a group, or the interval is too narrow.
+    scene, neighbouring times) must share a group, or the interval is too narrow; of one group alone it has no bounds.
     """
     rows = np.asarray(rows)
     if rows.shape[0] == 0:
@@ -155,6 +155,8 @@ def bootstrap(
         n = len(rows)
     else:
         names, inverse = np.unique(np.asarray(groups), return_inverse=True)
+        if len(names) == 1:  # one thing that happened once
+            return Estimate(value, -math.inf, math.inf, unit, 1)
         members = [np.flatnonzero(inverse == g) for g in range(len(names))]
         draws = np.empty(resamples)
         for r in range(resamples):

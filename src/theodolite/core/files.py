@@ -1,11 +1,13 @@
 """Files that are written whole or not at all."""
 
-__all__ = ["make_folder", "read_json", "write_bytes", "write_json", "write_whole"]
+__all__ = ["disk_errors", "make_folder", "read_json", "write_bytes", "write_json", "write_whole"]
 
 import json
 import math
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +34,29 @@ def write_whole(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` beside ``path`` and move it there, so that a reader sees the old file or the new, never a part."""
     temporary = None
+    with disk_errors(path):
+        try:
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+                temporary = Path(file.name)
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())  # a temporary file is its owner's alone
+            os.replace(temporary, path)
+        except OSError:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """What fails on the disk while ``path`` is written, as a DiskError that says what to do."""
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # a temporary file is its owner's alone
-        os.replace(temporary, path)
+        yield
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         raise DiskError(
-            f"cannot write {path}: {error.strerror}; what was written before is whole. Free some space or choose "
+            f"cannot write {path}: {error.strerror or error}; what was written before is whole. Free some space or choose "
             "another folder, and run the same command again to continue"
         ) from error
 

@@ -5,7 +5,7 @@ A text is lower-cased and cut into tokens; its m-grams for m = 1 .. n, joined by
     bucket(g) = SHA-256 of the UTF-8 bytes of g, read as a big-endian whole number, modulo B
 """
 
-__all__ = ["Grams", "HashedNgrams", "text_blocks", "tokenize_with"]
+__all__ = ["Grams", "HashedNgrams", "check_texts", "text_blocks", "tokenize_with"]
 
 import hashlib
 import json
@@ -224,6 +224,7 @@ class HashedNgrams:
 
 def text_blocks(texts: Iterable[Text]) -> Iterator[list[Text]]:
     """Lists of consecutive texts of about 2 million characters, so that work is done on many at once; a text may be None."""
+    check_texts(texts)
     block, size = [], 0
     for text in texts:
         block.append(text)
@@ -233,6 +234,12 @@ def text_blocks(texts: Iterable[Text]) -> Iterator[list[Text]]:
             block, size = [], 0
     if block:
         yield block
+
+
+def check_texts(texts: Any) -> None:
+    """InputError for one text where several are asked for: its characters would count as texts."""
+    if isinstance(texts, (str, bytes)):
+        raise InputError(f"several texts are needed, got one: {texts[:40]!r}; put it into a list")
 
 
 def tokenize_with(name: str) -> Callable[[str], list[str]]:

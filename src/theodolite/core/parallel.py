@@ -16,20 +16,28 @@ T = TypeVar("T")
 
 
 def spread(
-    function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], *, executor: Executor | int | None = None
+    function: Callable[..., T],
+    tasks: Iterable[tuple[Any, ...]],
+    *,
+    executor: Executor | int | None = None,
+    on_result: Callable[[int, int], None] | None = None,
 ) -> list[T]:
     """``[function(*task) for task in tasks]``, spread over ``executor``; results in the order of the tasks.
 
     executor: None runs here; an int makes a pool of that many processes for this call; anything with ``submit`` (a
     ``ProcessPoolExecutor``, a Dask ``client.get_executor()``) is used as it is and left open. The first failing task
-    raises and the tasks not yet started are cancelled.
+    raises and the tasks not yet started are cancelled. on_result(done, of) is called after each result (progress).
 
     >>> spread(pow, [(2, 3), (3, 2)])
     [8, 9]
     """
-    work = list(tasks)
+    work, found = list(tasks), list[T]()
     with open_pool(executor) as pool:
-        return [function(*task) for task in work] if pool is None else _gather(function, work, pool)
+        for result in (function(*task) for task in work) if pool is None else _gather(function, work, pool):
+            found.append(result)
+            if on_result is not None:
+                on_result(len(found), len(work))
+    return found
 
 
 @contextmanager
@@ -45,10 +53,11 @@ def open_pool(executor: Executor | int | None) -> Iterator[Executor | None]:
         yield pool
 
 
-def _gather(function: Callable[..., T], work: list[tuple[Any, ...]], pool: Executor) -> list[T]:
+def _gather(function: Callable[..., T], work: list[tuple[Any, ...]], pool: Executor) -> Iterator[T]:
     futures: list[Future[T]] = [pool.submit(function, *task) for task in work]
     try:
-        return [future.result() for future in futures]
+        for future in futures:
+            yield future.result()
     finally:
         for future in futures:
             future.cancel()

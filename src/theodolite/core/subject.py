@@ -31,19 +31,27 @@ class Rows:
 
     For a language model x are token ids (n, length), long and without padding, and y is the number of the text that each
     row comes from: rows of one text belong together. Of a series, groups (n,) tells which rows are neighbours in time:
-    an interval is then over groups, not over rows.
+    an interval is then over groups, not over rows. domain (n,): the number of each row's site, a level of the data's
+    ``domains``.
     """
 
     x: Tensor
     y: Tensor
     groups: Tensor | None = None
+    domain: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
+    @property
+    def blocks(self) -> np.ndarray | None:
+        """The groups as an array, None where each row stands for itself: what `bootstrap` takes."""
+        return None if self.groups is None else self.groups.numpy()
+
     def head(self, n: int) -> "Rows":
         """The first ``n`` rows (rows are in random order already)."""
-        return Rows(self.x[:n], self.y[:n], None if self.groups is None else self.groups[:n])
+        groups, domain = (None if part is None else part[:n] for part in (self.groups, self.domain))
+        return Rows(self.x[:n], self.y[:n], groups, domain)
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,8 @@ class Dataset:
     value of the first channel that comes next. features names the columns of a table's x or a series' channels.
     classes[i] is the name of class i, () for a regression. notes tell what the loader found and did, for people to read.
     scaling: (shift, scale) of each of a table's features, whose value in the file is shift + scale * x; () where x is in
-    the file's units.
+    the file's units. domains: the column that names each row's site, where the user named one. unlabelled: x (n, features)
+    of a table's rows whose class nobody has named; they are in no part.
     """
 
     name: str
@@ -79,6 +88,8 @@ class Dataset:
     columns: tuple[Column, ...] = ()
     notes: tuple[str, ...] = ()
     scaling: tuple[tuple[float, float], ...] = ()
+    domains: Column | None = None
+    unlabelled: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.scaling and len(self.scaling) != len(self.features):
@@ -293,7 +304,7 @@ class Subject:
         pairs = np.stack([rows.y.numpy(), ModelView(model, output="value")(rows.x)[:, 0].numpy()], axis=1)
         return bootstrap(
             pairs, lambda p: float(r2_score(p[:, 0], p[:, 1])) if len(p) > 1 else 0.0, unit="R2",
-            groups=None if rows.groups is None else rows.groups.numpy(),
+            groups=rows.blocks,
         )  # fmt: skip
 
     @cached_property
@@ -340,10 +351,15 @@ class Subject:
         for rows in self.data.parts.values():
             digest.update(rows.x.contiguous().numpy().tobytes())
             digest.update(rows.y.contiguous().numpy().tobytes())
+        if self.data.domains is not None:
+            digest.update(repr(self.data.domains).encode())
+        for more in (*(rows.domain for rows in self.data.parts.values()), self.data.unlabelled):
+            if more is not None:
+                digest.update(more.contiguous().numpy().tobytes())
         if self.is_network:
             for name, value in self.predictor.state_dict().items():
                 digest.update(name.encode())
-                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
         else:
             output: Output = "probability" if self._classifies else "value"
             digest.update(self.view(output)(self.data.test.x[:256]).numpy().round(6).tobytes())

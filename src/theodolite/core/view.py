@@ -2,7 +2,7 @@
 
 __all__ = ["ModelView", "evaluation_mode", "model_input"]
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -36,6 +36,10 @@ def model_input(model: Any, x: Any) -> Tensor:
     >>> model_input(nn.Linear(2, 1), np.zeros((3, 2))).dtype
     torch.float32
     """
+    if hasattr(x, "__array__") and not isinstance(x, Tensor):
+        x = np.require(
+            x, requirements="W"
+        )  # of what cannot be written to, such as a table's values, torch wants a copy
     rows = torch.as_tensor(x)
     weights = model.parameters() if isinstance(model, nn.Module) else ()
     like = next((p for p in weights if p.is_floating_point() and not nn.parameter.is_lazy(p)), None)
@@ -161,6 +165,6 @@ def _unchanged() -> Iterator[None]:
     yield
 
 
-def as_view(model: Callable | nn.Module | ModelView, **options: Any) -> ModelView:
+def as_view(model: Any, **options: Any) -> ModelView:
     """``model`` itself where it is a view already, otherwise a view of it."""
     return model if isinstance(model, ModelView) else ModelView(model, **options)

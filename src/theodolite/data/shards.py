@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int
 
 from theodolite.core.errors import DataError, InputError, require
+from theodolite.core.files import disk_errors
 
 Form = Literal["jsonl", "text", "parquet"]
 FORMS: dict[str, Form] = {
@@ -283,17 +284,19 @@ class Corpus:
 
     @classmethod
     def of(cls, source: Any) -> "Corpus":
-        """A corpus as it is, a sequence of strings, or a ``datasets.Dataset`` with a column "text"."""
+        """A corpus as it is, a list, array or pandas column of strings, or a ``datasets.Dataset`` with a column "text"."""
         if isinstance(source, Corpus):
             return source
         if hasattr(source, "column_names") and hasattr(source, "select"):
             return cls.from_dataset(source)
-        if isinstance(source, (str, bytes, Path)) or not isinstance(source, (Sequence, np.ndarray)):
+        if hasattr(source, "tolist"):  # an array or a column of a table
+            source = source.tolist()
+        if isinstance(source, (str, bytes, Path)) or not isinstance(source, Sequence):
             raise InputError(
                 "a corpus is a list of strings, a Corpus (Corpus.from_files for files) or a datasets.Dataset; got a "
                 f"{type(source).__name__}"
             )
-        return cls.from_texts(list(source))
+        return cls.from_texts(source)
 
     def texts(self) -> Iterator[str]:
         """All documents in order; one that cannot be read and is skipped is an empty one."""
@@ -461,16 +464,29 @@ def prepare_folder(folder: str, names: Sequence[str]) -> None:
 def write_part(shard: FileShard | MemoryShard, rows: np.ndarray, folder: str, name: str, form: Form) -> None:
     """Write rows of a shard as the file ``name`` in ``folder``; it is there when it is whole."""
     fs, path = fsspec.core.url_to_fs(folder)
-    with fs.open(f"{path}/.{name}.unfinished", "wb") as file:
+    with _written_whole(fs, f"{path}/.{name}.unfinished", f"{path}/{name}") as file:
         shard.copy(rows, file, form)
-    fs.mv(f"{path}/.{name}.unfinished", f"{path}/{name}")
+
+
+@contextmanager
+def _written_whole(fs: Any, unfinished: str, path: str) -> Iterator[Any]:
+    """A file that gets its name when it is whole; DiskError, and no file, where it cannot be written."""
+    with disk_errors(path):
+        try:
+            with fs.open(unfinished, "wb") as file:
+                yield file
+            fs.mv(unfinished, path)
+        except OSError:
+            if fs.exists(unfinished):
+                fs.rm(unfinished)
+            raise
 
 
 def join_parts(folder: str, names: Sequence[str], out: str, form: Form) -> None:
     """Put the files ``names`` of ``folder`` after one another as the file ``out``, and remove the folder."""
     fs, path = fsspec.core.url_to_fs(folder)
     _, target = fsspec.core.url_to_fs(out)
-    with fs.open(f"{path}/.whole", "wb") as file:
+    with _written_whole(fs, f"{path}/.whole", target) as file:
         if form == "parquet":
             _write_batches(*_parquet_parts(fs, [f"{path}/{name}" for name in names]), file)
         else:
@@ -478,7 +494,6 @@ def join_parts(folder: str, names: Sequence[str], out: str, form: Form) -> None:
                 with fs.open(f"{path}/{name}", "rb") as part:
                     while piece := part.read(_READ):
                         file.write(piece)
-    fs.mv(f"{path}/.whole", target)
     fs.rm(path, recursive=True)
 
 

@@ -86,6 +86,12 @@ class Search:
         """m at scaled points, without gradients."""
         return self.score(self.inputs(z))
 
+    def log_odds(self, z: Tensor) -> Float[Tensor, " row"]:
+        """Log-odds of m at scaled points, without gradients."""
+        with torch.no_grad(), self.score.quiet():
+            slices = self.score.parts(z, 1, gradients=False)
+            return torch.cat([self.score.log_odds(self.inputs(z[part])).double().cpu() for part in slices])
+
     def on(self, rows: Tensor) -> "Search":
         """The same for some of the rows."""
         return replace(self, region=self.region.take(rows))
@@ -190,13 +196,42 @@ class Generator(ABC):
             return stability(score.view.model, x, target=score.target, seed=self.seed + 2_000_003, **options)
 
     def _whole(self, search: Search) -> tuple[Tensor, Tensor]:
-        """The search, and where there are one-hot groups a second one with each group held at its largest member."""
+        """The search, and where there are one-hot groups others with each group held at one member.
+
+        First at the largest members. That often leaves a row with its own ones, from where the numbers alone do not reach; for
+        such rows groups are swapped until the aim is met, or taken from the nearest training row, and the search goes on there.
+        """
         z, steps = self._search(search, None)
         if not search.region.groups:
             return z, steps
-        settled, held = search.region.settle(z)
-        z, more = self._search(replace(search, region=held), settled)
-        return z, steps + more
+        z, held = search.region.settle(z)
+        found, more = self._search(replace(search, region=held), z)
+        z, steps = self._preferred(search, z, found), steps + more
+        left = (self._merit(search, z) < self._goal).nonzero().ravel()
+        if len(left):
+            part = search.on(left)
+            swapped = self._preferred(
+                part, _swapped(self, part, z[left]), NearestNeighbour(norm=self.norm)._search(part, None)[0]
+            )
+            _, held = part.region.settle(swapped)
+            found, more = self._search(replace(part, region=held), swapped)
+            z[left] = self._preferred(part, self._preferred(part, z[left], swapped), found)
+            steps[left] += more
+        return z, steps
+
+    def _preferred(self, search: Search, one: Tensor, other: Tensor) -> Float[Tensor, "row feature"]:
+        """Of two points for each row the one that meets the aim, or else has the class, or else is nearer."""
+        rank = [
+            (self._merit(search, z) >= self._goal).int() + (search.probability(z) >= 0.5).int() for z in (one, other)
+        ]
+        nearer = search.region.cost(other, self.norm) < search.region.cost(one, self.norm)
+        return torch.where(((rank[1] > rank[0]) | ((rank[1] == rank[0]) & nearer))[:, None], other, one)
+
+    _goal = 0.5
+
+    def _merit(self, search: Search, z: Tensor) -> Float[Tensor, " row"]:
+        """What the search wants to be at least ``_goal``: m."""
+        return search.probability(z)
 
     def _aim(self, rated: np.ndarray, probability: np.ndarray) -> np.ndarray:
         """Whether each point, by its stability and its m, met what the search was after."""
@@ -225,35 +260,43 @@ class ClosestCounterfactual(Generator):
         z = region.project(region.start if begin is None else begin)
         best, distance = _better(search, *_neighbour_or_none(search, self.norm), z, self.norm)
         weight = torch.full((len(z),), 2.0, dtype=torch.float64)
-        count = torch.zeros(len(z), dtype=torch.long)
+        count, left = torch.zeros(len(z), dtype=torch.long), torch.arange(len(z))
         for attempt in range(self.binary_search_steps):
-            before, hit = distance.clone(), torch.zeros(len(z), dtype=torch.bool)
-            for step in range(self.steps):
-                odds, slope = log_odds_slope(search, z)
-                if (
-                    self.norm == 1
-                ):  # the shrinking step takes as much from every column, so the steepest has to move at all
-                    slope = slope / slope.abs().amax(dim=1, keepdim=True).clamp_min(1e-12)
-                over = odds >= _EDGE
-                if step >= self.steps // 2:
-                    hit |= over
-                cost = region.cost(z, self.norm)
-                improved = over & (cost < distance)
-                best[improved], distance[improved] = z[improved], cost[improved]
-                rate = self.lr * (1 - step / self.steps) + 1e-4
-                moved = z + torch.where(over, 0.0, rate * weight)[:, None] * slope
-                z = region.project(region.start + _shrink(moved - region.start, rate, self.norm))
-            count += self.steps
-            found = distance < torch.inf
-            gained = (before - distance) > 1e-3 * distance
-            if bool(hit.all()) and bool(torch.isfinite(before).all()) and not bool(gained.any()):
+            if len(left) == 0:
                 break
-            if attempt >= 2 and not bool(found.any()):
-                break
+            before = distance[left]
+            best[left], distance[left], hit = self._attempt(search.on(left), z[left], best[left], before, weight[left])
+            count[left] += self.steps
+            found = distance[left] < torch.inf
+            gained = (before - distance[left]) > 1e-3 * distance[left]
             # a search that slid back to the row needs more weight on the class; one that holds it, and gains nothing, less
-            weight = weight * torch.where(hit, torch.where(gained, 1.0, 0.7), 2.0)
-            z = torch.where(found[:, None], best, z)
+            weight[left] *= torch.where(hit, torch.where(gained, 1.0, 0.7), 2.0)
+            z[left] = torch.where(found[:, None], best[left], z[left])
+            # each row leaves by itself, so that what it gets does not depend on the others
+            done = (hit & torch.isfinite(before) & ~gained) | (~found if attempt >= 2 else torch.zeros_like(found))
+            left = left[~done]
         return _pulled_back(search, best, torch.isfinite(distance)), count
+
+    def _attempt(
+        self, search: Search, z: Tensor, best: Tensor, distance: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The best points and distances after ``steps`` with one weight a row, and whether the class was held in the end."""
+        region, hit = search.region, torch.zeros(len(z), dtype=torch.bool)
+        best, distance = best.clone(), distance.clone()
+        for step in range(self.steps):
+            odds, slope = log_odds_slope(search, z)
+            if self.norm == 1:  # the shrinking step takes as much from every column, so the steepest has to move at all
+                slope = slope / slope.abs().amax(dim=1, keepdim=True).clamp_min(1e-12)
+            over = odds >= _EDGE
+            if step >= self.steps // 2:
+                hit |= over
+            cost = region.cost(z, self.norm)
+            improved = over & (cost < distance)
+            best[improved], distance[improved] = z[improved], cost[improved]
+            rate = self.lr * (1 - step / self.steps) + 1e-4
+            moved = z + torch.where(over, 0.0, rate * weight)[:, None] * slope
+            z = region.project(region.start + _shrink(moved - region.start, rate, self.norm))
+        return best, distance, hit
 
 
 @dataclass(kw_only=True)
@@ -273,6 +316,15 @@ class NearestNeighbour(Generator):
         return self._search(search, None)
 
 
+def base_generator(base: str | Generator, norm: int) -> Generator:
+    """The generator that ``base`` names ("closest" or "nearest"), or is."""
+    if isinstance(base, Generator):
+        return base
+    if base not in ("closest", "nearest"):
+        raise InputError(f'base must be "closest", "nearest" or a generator, got {base!r}')
+    return (ClosestCounterfactual if base == "closest" else NearestNeighbour)(norm=norm)
+
+
 def neighbours(search: Search, norm: int) -> list[Int[Tensor, " candidate"]]:
     """For each row the training rows of the target class within its region, nearest first."""
     out = []
@@ -282,8 +334,10 @@ def neighbours(search: Search, norm: int) -> list[Int[Tensor, " candidate"]]:
     return out
 
 
-def log_odds_slope(search: Search, z: Tensor) -> tuple[Float[Tensor, " row"], Float[Tensor, "row feature"]]:
-    """Log-odds at scaled points and their gradient there, of length 1 (0 where the model is flat)."""
+def log_odds_slope(
+    search: Search, z: Tensor, *, unit: bool = True
+) -> tuple[Float[Tensor, " row"], Float[Tensor, "row feature"]]:
+    """Log-odds at scaled points and their gradient there; unit: of length 1 (0 where the model is flat)."""
     score = search.score
     odds = torch.empty(len(z), dtype=torch.float64)
     slope = torch.empty_like(z)
@@ -293,7 +347,7 @@ def log_odds_slope(search: Search, z: Tensor) -> tuple[Float[Tensor, " row"], Fl
             here = score.log_odds(search.inputs(rows))
             (slope[part],) = torch.autograd.grad(here.sum(), rows)
             odds[part] = here.detach().double().cpu()
-    return odds, slope / slope.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return odds, slope / slope.norm(dim=1, keepdim=True).clamp_min(1e-12) if unit else slope
 
 
 def _neighbour_or_none(search: Search, norm: int) -> tuple[Tensor, Tensor]:
@@ -321,6 +375,30 @@ def _pulled_back(search: Search, best: Tensor, found: Tensor) -> Tensor:
         good = search.probability(start + middle[:, None] * (best - start)) >= 0.5 + _EDGE / 4
         near, far = torch.where(good, near, middle), torch.where(good, middle, far)
     return torch.where(found[:, None], start + far[:, None] * (best - start), best)
+
+
+def _swapped(method: Generator, search: Search, z: Tensor) -> Float[Tensor, "row feature"]:
+    """Points with groups set, one after another, to the member that raises the log-odds most, until the method's aim is met."""
+    z, left, region = z.clone(), torch.arange(len(z)), search.region
+    for _ in range(2 * len(region.groups)):
+        left = left[method._merit(search.on(left), z[left]) < method._goal + _EDGE]
+        if len(left) == 0:
+            break
+        part, here = search.on(left), z[left]
+        most, best = part.log_odds(here), here.clone()
+        for group in region.groups:
+            columns = list(group)
+            for member in group:
+                tried = here.clone()
+                tried[:, columns] = 0.0
+                tried[:, member] = 1.0
+                allowed = ((tried >= part.region.low) & (tried <= part.region.high))[:, columns].all(dim=1)
+                odds = torch.where(allowed, part.log_odds(tried), -torch.inf)
+                best = torch.where((odds > most)[:, None], tried, best)
+                most = torch.maximum(most, odds)
+        z[left] = best
+        left = left[(best != here).any(dim=1)]
+    return z
 
 
 def _shrink(move: Tensor, by: float, norm: int) -> Tensor:

@@ -40,24 +40,31 @@ def retrain(
 ) -> list[Any]:
     """Models trained again, each from its own initial weights and in its own order of the rows.
 
-    model_factory(seed), or without an argument: an untrained network, made under torch's generator with that seed, or an
-    estimator with ``fit``. mode: "seed" keeps the rows, "leave-one-out" drops
-    ``leave_out`` rows at random, "bootstrap" draws as many with replacement. recipe: as in `theodolite.core.train` (default
-    50 epochs of Adam). Plain networks are trained in one stacked run where the rows are the same; else ``executor`` spreads
-    them. Raises InputError where two factories give equal weights: then nothing would change.
+    model_factory: called with a seed where it has an argument without a default (or one called seed), else without: an
+    untrained network, made under torch's generator with that seed, or an estimator with ``fit``, whose random_state is set to
+    the seed where it is None. y: (n,) class numbers for networks, any labels for estimators. mode: "seed" keeps the rows,
+    "leave-one-out" drops ``leave_out`` rows at random, "bootstrap" draws as many with replacement. recipe: as in
+    `theodolite.core.train` (default 50 epochs of Adam). Plain networks are trained in one stacked run where the rows are the
+    same; else ``executor`` spreads them.
+
+    Raises InputError where the models cannot differ: the same initial weights, or an estimator without randomness on the same
+    rows.
     """
     if n_models < 1 or mode not in ("seed", "leave-one-out", "bootstrap"):
         raise InputError(f"need n_models >= 1 and a known mode, got {n_models} and {mode!r}")
-    rows, labels = plain_rows(X), np.asarray(y.detach().cpu().numpy() if isinstance(y, Tensor) else y)
-    if len(rows) != len(labels) or (mode == "leave-one-out" and not 1 <= leave_out < len(rows)):
-        raise DataError(f"{len(rows)} rows, {len(labels)} labels, {leave_out} to leave out: they do not fit together")
+    rows, labels = plain_rows(X), np.array(y.detach().cpu().numpy() if isinstance(y, Tensor) else y)
+    if labels.shape != (len(rows),) or (mode == "leave-one-out" and not 1 <= leave_out < len(rows)):
+        raise DataError(
+            f"{len(rows)} rows, labels of shape {labels.shape}, {leave_out} to leave out: one label is needed "
+            "for each of the rows, and some rows have to be left"
+        )
     seeds = seeds_for(seed, n_models)
     models = [_made(model_factory, s % (1 << 31)) for s in seeds]
     chosen = [_rows_of(mode, len(rows), leave_out, s) for s in seeds]
     if not isinstance(models[0], nn.Module):
-        return [model.fit(rows[kept], labels[kept]) for model, kept in zip(models, chosen, strict=True)]
+        return _fitted(models, rows, labels, chosen, seeds, mode)
     _check_differ(models)
-    recipe = _fitting(recipe or PAPER_RECIPE, models[0], rows)
+    recipe = _fitting(recipe or PAPER_RECIPE, models[0], rows, labels)
     dtype = next(models[0].parameters()).dtype
     x = torch.as_tensor(rows, dtype=dtype)
     target = torch.as_tensor(labels).long() if recipe.loss == "cross-entropy" else torch.as_tensor(labels, dtype=dtype)
@@ -71,7 +78,31 @@ def retrain(
 def _made(model_factory: Callable[..., Any], seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return model_factory(seed) if inspect.signature(model_factory).parameters else model_factory()
+        given = inspect.signature(model_factory).parameters
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        if "seed" in given:
+            return model_factory(seed=seed)
+        asked = any(p.kind in kinds and p.default is p.empty for p in given.values())
+        return model_factory(seed) if asked else model_factory()
+
+
+def _fitted(
+    models: list[Any], rows: np.ndarray, labels: np.ndarray, chosen: list[np.ndarray], seeds: Sequence[int], mode: str
+) -> list[Any]:
+    """Estimators trained on their rows; refused where the same rows and no randomness make them one and the same."""
+    out, answers = list[Any](), list[np.ndarray]()
+    for model, kept, seed in zip(models, chosen, seeds, strict=True):
+        if hasattr(model, "get_params") and model.get_params().get("random_state", 0) is None:
+            model.set_params(random_state=seed % (1 << 31))
+        out.append(model.fit(rows[kept], labels[kept]))
+        if mode == "seed" and hasattr(model, "predict_proba"):
+            answers.append(np.asarray(model.predict_proba(rows)))
+    if any(np.array_equal(answers[0], other) for other in answers[1:]):
+        raise InputError(
+            f"{type(out[0]).__name__} is the same after each training on the same rows, so every retrained model would agree; "
+            'take mode="bootstrap" or "leave-one-out", or leave its random_state at None'
+        )
+    return out
 
 
 def _trained(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe) -> nn.Module:
@@ -100,12 +131,17 @@ def _check_differ(models: Sequence[nn.Module]) -> None:
             )
 
 
-def _fitting(recipe: Recipe, model: nn.Module, rows: np.ndarray) -> Recipe:
-    """The recipe with the loss that fits the network's output: one logit, or one score a class."""
+def _fitting(recipe: Recipe, model: nn.Module, rows: np.ndarray, labels: np.ndarray) -> Recipe:
+    """The recipe with the loss that fits the network's output, one logit or one score a class, if the labels do."""
     parameter = next(model.parameters())
     with torch.no_grad():
         out = copy.deepcopy(model).eval()(torch.as_tensor(rows[:2]).to(parameter))
     single = out.ndim == 1 or out.shape[1] == 1
+    classes = 2 if single else out.shape[1]
+    if labels.dtype.kind not in "biuf" or not np.isin(labels, np.arange(classes)).all():
+        raise DataError(
+            f"this network learns class numbers 0..{classes - 1}, got labels like {np.unique(labels)[:5].tolist()}"
+        )
     return replace(recipe, loss="binary" if single else "cross-entropy")
 
 

@@ -8,6 +8,7 @@ Source: Hamman, Noorani, Mishra, Magazzeni, Dutta, 2023, arXiv:2305.11997.
 __all__ = ["ClassScore", "Form", "TrainModeWarning", "draws", "samples_needed", "stability", "stability_guarantee"]
 
 import math
+import operator
 import warnings
 from typing import Any, Literal
 
@@ -38,15 +39,29 @@ class ClassScore:
     """
 
     def __init__(self, model: Any, target: int | None, example: Tensor, *, memory: int | None = None) -> None:
+        if (
+            hasattr(model, "predict")
+            and not isinstance(model, (nn.Module, type))
+            and not hasattr(model, "predict_proba")
+        ):
+            raise ModelError(
+                f"{type(model).__name__} gives no probabilities; fit one that has predict_proba, for example by "
+                "sklearn.calibration.CalibratedClassifierCV"
+            )
         self.view = ModelView(model, output="logit" if isinstance(model, nn.Module) else "probability", memory=memory)
         weights = list(model.parameters()) if isinstance(model, nn.Module) else []
         self.dtype = weights[0].dtype if weights else torch.float64
         self.device = weights[0].device if weights else example.device
         out = self.view(self.cast(example[:1]))
+        if self.view.is_estimator and out.shape[1] < 2:
+            raise ModelError(f"{type(model).__name__} knows one class only; it was fitted on labels without another")
         classes = max(2, out.shape[1])
         if target is None and classes > 2:
             raise ModelError(f"the model tells {classes} classes apart; say with target= which of them is wanted")
-        self.target = 1 if target is None else int(target)
+        try:
+            self.target = 1 if target is None else operator.index(target)
+        except TypeError:
+            raise InputError(f"target is the place of a class among the model's answers, got {target!r}") from None
         if not 0 <= self.target < classes:
             raise InputError(f"target must be 0..{classes - 1}, got {target}")
         self.rivals = [c for c in range(out.shape[1]) if c != self.target]
@@ -117,15 +132,15 @@ def warn_of_training(model: Any) -> None:
 
 def draws(k: int, features: int, seed: int) -> Float[Tensor, "draw feature"]:
     """k standard normal draws, the same for every row of a call."""
-    return torch.randn(k, features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(int(k), features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def check_noise(sigma: float, k: int) -> None:
     """Raise InputError (a ValueError) where sigma or k cannot be used."""
     if not (math.isfinite(sigma) and sigma > 0):
         raise InputError(f"sigma must be a positive number, got {sigma}")
-    if k < 2:
-        raise InputError(f"k must be at least 2 draws, got {k}")
+    if k < 2 or k != int(k):
+        raise InputError(f"k must be a whole number of at least 2 draws, got {k}")
 
 
 def stability(
@@ -159,13 +174,14 @@ def stability(
     [0.7, 0.7]
     """
     x = _rows(X)
-    shared = draws(k, x.shape[1], seed) if noise is None else torch.as_tensor(noise, dtype=torch.float64)
-    check_noise(sigma, len(shared))
-    if shared.shape[1:] != x.shape[1:]:
-        raise InputError(f"noise must be (k, {x.shape[1]}), got {tuple(shared.shape)}")
+    check_noise(sigma, k if noise is None else len(noise))
+    shared = draws(k, x.shape[1], seed) if noise is None else torch.as_tensor(np.array(noise, dtype=np.float64))
+    if shared.shape[1:] != x.shape[1:] or not bool(torch.isfinite(shared).all()):
+        raise InputError(f"noise must be (k, {x.shape[1]}) finite numbers, got shape {tuple(shared.shape)}")
     if form not in ("relaxed", "lipschitz", "given") or (form == "given") != (lipschitz is not None):
         raise InputError('form is "relaxed", "lipschitz" or "given"; "given", and only it, needs lipschitz=')
-    scale = torch.ones(x.shape[1], dtype=torch.float64) if units is None else torch.as_tensor(units).double()
+    scale = _numbers("units", 1.0 if units is None else units, x.shape[1])
+    known = None if lipschitz is None else _numbers("lipschitz", lipschitz, len(x))
     warn_of_training(model)
     if len(x) == 0:
         return np.zeros(0)
@@ -173,7 +189,6 @@ def stability(
     here = score(x)
     reach = sigma * shared.norm(dim=1)
     apart = sigma * torch.cdist(shared, shared) + 1e-8 if form == "lipschitz" else None
-    known = None if lipschitz is None else torch.as_tensor(lipschitz).double().expand(len(x))
     out = torch.empty(len(x), dtype=torch.float64)
     with torch.no_grad(), score.quiet():
         for part in score.parts(x, len(shared), gradients=False):
@@ -193,6 +208,14 @@ def _around(score: ClassScore, x: Tensor, moves: Tensor) -> Float[Tensor, "row d
     rows = (x[:, None] + moves).reshape(-1, x.shape[1])
     found = [score.apply(rows[part]).double().cpu() for part in score.parts(rows, 1, gradients=False)]
     return torch.cat(found).reshape(len(x), len(moves))
+
+
+def _numbers(name: str, given: Any, n: int) -> Float[Tensor, " number"]:
+    """One number, or n of them, none below 0."""
+    found = torch.as_tensor(np.array(given, dtype=np.float64))
+    if found.shape not in ((), (n,)) or not bool(((found >= 0) & torch.isfinite(found)).all()):
+        raise InputError(f"{name} must be one number >= 0 or {n} of them, got shape {tuple(found.shape)}")
+    return found.expand(n)
 
 
 def _rows(X: Any) -> Float[Tensor, "row feature"]:

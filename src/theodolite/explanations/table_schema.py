@@ -18,20 +18,24 @@ from theodolite.core.errors import DataError, InputError
 
 Name = str | int
 
+_NOTHING = 1e-9
+"""Of a column's range: what a search leaves of no change at all, by rounding."""
+
 
 @dataclass(frozen=True, eq=False)
 class TableSchema:
     """What the columns of a table are: ranges of the training rows, and what may change.
 
-    names: one a column, () where they have none. low, span: (d,) the training minimum and range (1 where that is 0).
+    names: one a column, () where they have none. low, high: (d,) the training minimum and maximum (0 and 1 in groups).
     immutable, increasing, decreasing: (d,) columns that keep their value, may only grow, may only fall. groups: columns of
     one-hot groups; their members are 0 or 1 and exactly one is 1. floor, ceiling: (d,) bounds that hold in any case, infinite
     where none were given; there the range of the training rows (or the row's own value, where it lies outside) is the limit.
+    absent: members of groups that no training row has, which no row is moved to.
     """
 
     names: tuple[str, ...]
     low: Float[np.ndarray, " feature"]
-    span: Float[np.ndarray, " feature"]
+    high: Float[np.ndarray, " feature"]
     immutable: Bool[np.ndarray, " feature"]
     increasing: Bool[np.ndarray, " feature"]
     decreasing: Bool[np.ndarray, " feature"]
@@ -62,8 +66,8 @@ class TableSchema:
         d = rows.shape[1]
         if len(rows) == 0:
             raise DataError("ranges cannot be read from zero training rows")
-        if names and len(names) != d:
-            raise DataError(f"{len(names)} names for {d} columns")
+        if names and (len(names) != d or len(set(names)) < d):
+            raise DataError(f"need one name for each of the {d} columns, all of them different; got {list(names)[:8]}")
         low, high = rows.min(axis=0), rows.max(axis=0)
         at = _places(names, d)
         members = tuple(tuple(at(c) for c in group) for group in groups)
@@ -82,8 +86,12 @@ class TableSchema:
         if (up | down)[flat].any():
             raise InputError("columns of a one-hot group cannot be one-way; make the group immutable instead")
         floor, ceiling = _bounds(bounds, at, d)
-        span = np.where(high > low, high - low, 1.0)
-        return cls(names, low, span, fixed, up, down, floor, ceiling, members, absent)
+        return cls(names, low, high, fixed, up, down, floor, ceiling, members, absent)
+
+    @property
+    def span(self) -> Float[np.ndarray, " feature"]:
+        """The training range of each column, 1 where that is 0: what counts as one unit of cost and of noise."""
+        return np.where(self.high > self.low, self.high - self.low, 1.0)
 
     def rows(self, X: Any) -> Float[np.ndarray, "row feature"]:
         """Rows as numbers in the order of the columns; a data frame's are found by name."""
@@ -106,15 +114,15 @@ class TableSchema:
     def region(self, x: Float[np.ndarray, "row feature"]) -> "Region":
         """Where each row may move to."""
         low = np.where(np.isfinite(self.floor), self.floor, np.minimum(x, self.low))
-        high = np.where(np.isfinite(self.ceiling), self.ceiling, np.maximum(x, self.low + self.span))
-        high = np.where((self.span == 1) & np.isin(np.arange(len(self.low)), list(self.absent)), 0.0, high)
+        high = np.where(np.isfinite(self.ceiling), self.ceiling, np.maximum(x, self.high))
+        high = np.where(np.isin(np.arange(len(self.low)), list(self.absent)), x, high)
         low = np.where(self.immutable | self.increasing, np.maximum(low, x), low)
         high = np.where(self.immutable | self.decreasing, np.minimum(high, x), high)
         return Region(self.scaled(x), self.scaled(low), self.scaled(high), self.groups)
 
     def restored(self, z: Tensor, x: np.ndarray) -> Float[np.ndarray, "row feature"]:
         """Points in the user's units, bit for bit the row's own value where nothing changed, and within the limits."""
-        same = z == self.scaled(x)
+        same = (z - self.scaled(x)).abs() < _NOTHING
         out = np.where(same.numpy(), x, self.unscaled(z).numpy())
         out = np.where(self.increasing, np.maximum(out, x), out)
         out = np.where(self.decreasing, np.minimum(out, x), out)
@@ -187,7 +195,12 @@ def plain_rows(X: Any, names: Sequence[str] = ()) -> Float[np.ndarray, "row feat
         if missing:
             raise DataError(f"the table lacks the columns {missing[:5]}")
         X = X[[c for name in names for c in X.columns if str(c) == name]]
-    rows = np.array(X.detach().cpu().numpy() if isinstance(X, Tensor) else X, dtype=np.float64)
+    try:
+        rows = np.array(X.detach().cpu().numpy() if isinstance(X, Tensor) else X, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"rows must be numbers, all of one length; make categories one-hot columns first ({error})"
+        ) from error
     if rows.ndim != 2 or rows.shape[1] == 0:
         raise DataError(f"rows must be (n, features), got shape {rows.shape}")
     if not np.isfinite(rows).all():
@@ -209,12 +222,16 @@ def _places(names: Sequence[str], d: int) -> Any:
 
 
 def _mask(columns: Any, at: Any, d: int) -> Bool[np.ndarray, " feature"]:
-    if isinstance(columns, np.ndarray) and columns.dtype == bool:
-        if columns.shape != (d,):
-            raise DataError(f"a mask of columns must be ({d},), got {columns.shape}")
-        return columns.copy()
+    if columns is None:
+        return np.zeros(d, dtype=bool)
+    if isinstance(columns, (str, int)):
+        raise InputError(f"columns are told as a list of names or numbers, got {columns!r}")
+    if len(columns) and np.asarray(columns).dtype == bool:
+        if np.shape(columns) != (d,):
+            raise DataError(f"a mask of columns must be ({d},), got {np.shape(columns)}")
+        return np.array(columns)
     out = np.zeros(d, dtype=bool)
-    out[[at(c) for c in (() if columns is None else columns)]] = True
+    out[[at(c) for c in columns]] = True
     return out
 
 

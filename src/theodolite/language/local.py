@@ -5,7 +5,9 @@ __all__ = ["LocalModel"]
 import copy
 import inspect
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +15,8 @@ from torch import Tensor, nn
 
 from theodolite.core.errors import InputError, ModelError
 from theodolite.core.memory import chunks
-from theodolite.language.model import AnswerCache, Completion, LanguageModel, Token
-from theodolite.language.pretrained import load_decoder
+from theodolite.language.model import AnswerCache, Completion, LanguageModel, Scored, Token
+from theodolite.language.pretrained import WHEELS, load_decoder
 
 
 class LocalModel(LanguageModel):
@@ -36,7 +38,16 @@ class LocalModel(LanguageModel):
         return made
 
     def _identity(self) -> dict[str, Any]:
-        return {"local": self.name}
+        return self._named
+
+    @cached_property
+    def _named(self) -> dict[str, Any]:
+        """A folder is known by its files too: weights that were trained on give other answers."""
+        folder = Path(self.name).expanduser()
+        if self.name in WHEELS or not folder.is_dir():
+            return {"local": self.name}
+        files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(folder.iterdir())]
+        return {"local": str(folder.resolve()), "files": files}
 
     @property
     def model(self) -> Any:
@@ -56,6 +67,15 @@ class LocalModel(LanguageModel):
     def _ids(self, text: str, *, special: bool) -> list[int]:
         return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
+    @property
+    def window(self) -> int | None:
+        """Tokens that it can read, None where it does not say."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def _fits(self, tokens: int, what: str) -> None:
+        if self.window is not None and tokens > self.window:
+            raise InputError(f"{what} has {tokens:,} tokens, more than the window of {self.window:,} of {self.name}")
+
     def _chat(self, request: dict[str, Any]) -> Completion:
         if self.tokenizer.chat_template is None:
             raise ModelError(f"{self.name} has no chat template, so it cannot hold a conversation; use generate")
@@ -69,9 +89,11 @@ class LocalModel(LanguageModel):
     def _continue(self, ids: list[int], request: dict[str, Any]) -> list[Completion]:
         if not ids:
             raise InputError(f"the prompt has no tokens for {self.name}")
+        self._fits(len(ids), "the prompt")
+        most = request["max_tokens"] if self.window is None else min(request["max_tokens"], self.window - len(ids))
         generator = torch.Generator().manual_seed(request["seed"])
         count = request["n"]
-        out = self.model(torch.tensor([ids]), use_cache=True)
+        out = self.model(torch.tensor([ids]), use_cache=True, **self._only(1))
         logits, past = out.logits[:, -1], _cache_of(out)
         if count > 1:
             past.batch_repeat_interleave(count)
@@ -80,7 +102,7 @@ class LocalModel(LanguageModel):
         rows: list[list[int]] = [[] for _ in range(count)]
         logprobs: list[list[float]] = [[] for _ in range(count)]
         finish = ["length"] * count
-        for _ in range(request["max_tokens"]):
+        for _ in range(most):
             chosen, told = _draw(logits, request["temperature"], request["top_p"], generator)
             for i in range(count):
                 if finish[i] == "length":
@@ -111,11 +133,8 @@ class LocalModel(LanguageModel):
             tokens = [token for token in tokens if token.start < len(text)]
         return Completion(text, tuple(tokens) if request["logprobs"] else None, finish, prompt, len(row))
 
-    def _score(self, prompt: str, continuations: Sequence[str]) -> list[float]:
-        return self._score_table([prompt], continuations)[0]
-
     @torch.no_grad()
-    def _score_table(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[list[float]]:
+    def _score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[Scored]:
         """One forward pass for what all prompts begin with, one row for each prompt with all of a continuation but its last
         token; continuations of one token share the row of their prompt.
         """
@@ -123,11 +142,14 @@ class LocalModel(LanguageModel):
         if not all(starts):
             raise InputError(f"a prompt has no tokens for {self.name}; give at least one word")
         ends = [self._ids(text, special=False) for text in continuations]
+        if not all(ends):
+            raise InputError(f"a continuation has no tokens for {self.name}; give at least one word")
+        self._fits(max(map(len, starts)) + max(map(len, ends)) - 1, "a prompt with its continuation")
         columns = zip(*(start[:-1] for start in starts), strict=False)
         shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
         past = None
         if shared:
-            past = _cache_of(self.model(torch.tensor([starts[0][:shared]]), use_cache=True))
+            past = _cache_of(self.model(torch.tensor([starts[0][:shared]]), use_cache=True, **self._only(1)))
         readings: dict[tuple[int, ...], list[int]] = {}
         for j, end in enumerate(ends):
             readings.setdefault(tuple(end[:-1]), []).append(j)
@@ -135,36 +157,51 @@ class LocalModel(LanguageModel):
         rows.sort(key=lambda row: len(starts[row[0]]) + len(row[1]))  # rows of one length together: little is padded
         found = [[0.0] * len(ends) for _ in starts]
         width = max(len(start) - shared for start in starts) + max(map(len, readings))
-        cost = 4.0 * width * self.model.config.vocab_size + 8.0 * (shared + width) * self.model.config.hidden_size
-        for part in chunks(len(rows), cost, self._memory):
+        for part in chunks(len(rows), self._bytes(shared, width), self._memory):
             ids = [[*starts[i][shared:], *middle] for i, middle in rows[part]]
-            for (i, middle), row, told in zip(rows[part], ids, self._after(ids, shared, past), strict=True):
+            first = min(len(starts[i]) - shared - 1 for i, _ in rows[part])  # before it no row is read
+            for (i, middle), row, told in zip(rows[part], ids, self._after(ids, first, shared, past), strict=True):
                 # what follows the prompt, and what follows each token of the middle
-                asked = told[len(row) - len(middle) - 1 : len(row)].float().log_softmax(-1)
+                asked = told[len(row) - len(middle) - 1 - first : len(row) - first].float().log_softmax(-1)
                 for j in readings[middle]:
                     found[i][j] = sum(float(asked[at, token]) for at, token in enumerate(ends[j]))
-        return found
+        read = sum(map(len, ends))
+        return [Scored(tuple(row), len(start) + read) for row, start in zip(found, starts, strict=True)]
 
-    def _after(self, rows: list[list[int]], shared: int, past: Any) -> Tensor:
-        """Logits of every next token, (rows, longest row, vocabulary); the keys and values of ``past`` serve all rows."""
+    def _bytes(self, shared: int, width: int) -> float:
+        """Of a row: keys and values of every layer (twice while they grow), logits, and what a layer works on."""
+        config = self.model.config
+        heads = config.num_attention_heads
+        ratio = (getattr(config, "num_key_value_heads", None) or heads) / heads
+        kept = 2 * config.num_hidden_layers * config.hidden_size * ratio * (shared + width)
+        return 4.0 * (2 * kept + width * config.vocab_size + 16 * width * config.hidden_size)
+
+    def _after(self, rows: list[list[int]], first: int, shared: int, past: Any) -> Tensor:
+        """Logits of every next token from place ``first`` on, (rows, places, vocabulary); ``past`` serves all rows."""
         width = max(map(len, rows))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
         there = torch.tensor([[1] * (shared + len(row)) + [0] * (width - len(row)) for row in rows])
-        more = {}
+        more = self._only(width - first)
         if past is not None:
             kept = copy.deepcopy(past)
             kept.batch_repeat_interleave(len(rows))
-            more = _with_cache(self.model, kept)
-        return self.model(ids, attention_mask=there, use_cache=past is not None, **more).logits
+            more |= _with_cache(self.model, kept)
+        logits = self.model(ids, attention_mask=there, use_cache=past is not None, **more).logits
+        return logits[:, first - width :]
+
+    def _only(self, last: int) -> dict[str, Any]:
+        """What spares the logits of all but the last places, where the network can."""
+        return {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
 
     @torch.no_grad()
-    def _tokens(self, text: str) -> list[Token]:
+    def _tokens(self, text: str) -> tuple[list[Token], int]:
         ids = self._ids(text, special=False)
         if not ids:
             raise InputError(f"the text has no tokens for {self.name}")
+        self._fits(len(ids), "the text")
         logits = self.model(torch.tensor([ids])).logits[0, :-1].float()
         told = -nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none") if len(ids) > 1 else []
-        return _with_places(self.tokenizer, ids, [None, *map(float, told)])
+        return _with_places(self.tokenizer, ids, [None, *map(float, told)]), len(ids)
 
 
 def _cache_of(out: Any) -> Any:

@@ -3,7 +3,7 @@
     chat(messages)                  an answer to a conversation
     generate(prompt, n)             n continuations of a text
     score(prompt, continuations)    log p(continuation | prompt), the sum over the continuation's tokens
-    score_table(prompts, ...)       the same for many prompts; what they all begin with is run once
+    score_many(prompts, ...)        the same for many prompts; what they all begin with is run once
     token_logprobs(text)            log p of each token of a text given those before it, with its place
 
 `theodolite.language.connect` gives one: an endpoint that speaks the OpenAI protocol, or a local Hugging Face model. Answers
@@ -18,6 +18,7 @@ __all__ = [
     "LanguageModel",
     "LogprobsUnavailable",
     "Message",
+    "Scored",
     "ScoringUnavailable",
     "Token",
     "Usage",
@@ -30,7 +31,7 @@ import os
 import sqlite3
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -45,7 +46,14 @@ Message = Mapping[str, str]
 
 
 class EndpointError(TheodoliteError):
-    """An endpoint refused a request (wrong key, wrong model, wrong request); asking again would not help."""
+    """An endpoint refused a request (wrong key, wrong model, wrong request); asking again would not help.
+
+    status: of HTTP, None where there is none.
+    """
+
+    def __init__(self, text: str, status: int | None = None) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 class EndpointUnavailable(EndpointError):
@@ -82,8 +90,24 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """Continuations of one prompt. logprobs: log p of each. tokens: of the prompt and of the continuations, as they were read
+    (of an endpoint that reads the prompt again for each continuation: every time).
+    """
+
+    logprobs: tuple[float, ...]
+    tokens: int = 0
+    cached: bool = False
+
+
+@dataclass(frozen=True)
 class Usage:
-    """Counts since the model was connected; tokens of answers that came from the cache are not counted again."""
+    """Counts since the model was connected; answers that came from the cache count as cached, and their tokens not again.
+
+    calls: questions that were asked. retries, malformed: requests more than that, after failures that may pass and after
+    answers that are not what the protocol says. prompt_tokens: read, in scoring with the continuations; completion_tokens:
+    written.
+    """
 
     calls: int = 0
     cached: int = 0
@@ -160,17 +184,12 @@ class LanguageModel(ABC):
         """Continuations, without the cache."""
 
     @abstractmethod
-    def _score(self, prompt: str, continuations: Sequence[str]) -> list[float]:
-        """Log-probabilities, without the cache."""
-
-    def _score_table(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[list[float]]:
-        """Log-probabilities of many prompts, without the cache; an endpoint is asked for several at a time."""
-        with ThreadPoolExecutor(self._concurrency) as pool:
-            return list(pool.map(lambda prompt: self._score(prompt, continuations), prompts))
+    def _score(self, prompts: Sequence[str], continuations: Sequence[str]) -> Iterable[Scored]:
+        """Continuations of each prompt, in their order, without the cache; each is kept as soon as it is given."""
 
     @abstractmethod
-    def _tokens(self, text: str) -> list[Token]:
-        """Tokens of a text with log-probabilities, without the cache."""
+    def _tokens(self, text: str) -> tuple[list[Token], int]:
+        """Tokens of a text with log-probabilities, and how many tokens were read for it, without the cache."""
 
     def chat(
         self,
@@ -241,7 +260,11 @@ class LanguageModel(ABC):
         return self.score_table([prompt], continuations)[0]
 
     def score_table(self, prompts: Sequence[str], continuations: Sequence[str]) -> np.ndarray:
-        """log p(continuation | prompt), (prompts, continuations) float64: each row is what `score` gives.
+        """log p(continuation | prompt), (prompts, continuations) float64: each row is what `score` gives."""
+        return np.array([one.logprobs for one in self.score_many(prompts, continuations)], dtype=np.float64)
+
+    def score_many(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[Scored]:
+        """`score` for several prompts, in their order, with the tokens of each.
 
         A local model runs what all prompts begin with once, and the prompts in batches; an endpoint is asked for several at
         a time. Answers are kept by prompt, so that a table that is made again or grows asks for the new rows only.
@@ -251,25 +274,30 @@ class LanguageModel(ABC):
         if isinstance(prompts, str) or not prompts:
             raise InputError("need at least one prompt, in a list")
         wanted = list(continuations)
-        keys = [self._key("score", {"prompt": prompt, "continuations": wanted}) for prompt in prompts]
-        found = {key: self._kept(key) for key in keys}
-        missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if found[key] is None}
+        keys = [self._key("scored", {"prompt": prompt, "continuations": wanted}) for prompt in prompts]
+        found: dict[str, Scored] = {}
+        for key in dict.fromkeys(keys):
+            if (kept := self._kept(key)) is not None:
+                found[key] = Scored(tuple(kept["logprobs"]), kept["tokens"], cached=True)
+        missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in found}
         if missing:
-            for key, row in zip(missing, self._score_table(list(missing.values()), wanted), strict=True):
-                self._keep(key, row)
-                found[key] = row
-        return np.array([found[key] for key in keys], dtype=np.float64)
+            for key, made in zip(missing, self._score(list(missing.values()), wanted), strict=True):
+                self._keep(key, {"logprobs": made.logprobs, "tokens": made.tokens})
+                self._count(prompt_tokens=made.tokens)
+                found[key] = made
+        return [found[key] for key in keys]
 
     def token_logprobs(self, text: str) -> tuple[Token, ...]:
         """The tokens of ``text`` with log p of each given those before it (None for the first)."""
         if not text:
             raise InputError("an empty text has no tokens")
-        return tuple(
-            Token(**row)
-            for row in self._remembered(
-                "tokens", {"text": text}, lambda: [asdict(token) for token in self._tokens(text)], plain=True
-            )
-        )
+
+        def ask() -> list[dict[str, Any]]:
+            tokens, read = self._tokens(text)
+            self._count(prompt_tokens=read)
+            return [asdict(token) for token in tokens]
+
+        return tuple(Token(**row) for row in self._remembered("tokens", {"text": text}, ask, plain=True))
 
     def _key(self, kind: str, request: dict[str, Any]) -> str:
         return AnswerCache.key({"kind": kind, "model": self._identity(), "request": request})

@@ -32,6 +32,7 @@ import string
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ class SandboxFailure:
     """Why there is no result for an input.
 
     reason: "syntax" (the program does not compile), "error" (it raised, or its result is not JSON), "timeout", "memory",
-    "output" (a result too large), "crash" (the process ended in another way). message: more, in words.
+    "output" (a result, or all of them, too large), "crash" (the process ended in another way). message: more, in words.
     """
 
     reason: str
@@ -101,11 +102,12 @@ def run_sandboxed(code: str, inputs: Iterable[Any], timeout_s: float = 2, memory
     >>> run_sandboxed("def f(x): return 1 / x", [0])
     [SandboxFailure(reason='error', message='ZeroDivisionError: division by zero')]
     """
-    return _shared().run(code, inputs, timeout_s=timeout_s, memory_mb=memory_mb)
+    return _shared(os.getpid()).run(code, inputs, timeout_s=timeout_s, memory_mb=memory_mb)
 
 
 @functools.cache
-def _shared() -> "Sandbox":
+def _shared(_process: int) -> "Sandbox":
+    """One for each process: after a fork two of them would read each other's answers."""
     made = Sandbox()
     atexit.register(made.close)
     return made
@@ -116,7 +118,9 @@ def check_code(code: str) -> ast.Module | None:
     if len(code) > _LONGEST:
         raise UnsafeCode("length", f"it has {len(code):,} characters, at most {_LONGEST:,} are read")
     try:
-        tree = ast.parse(code)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about an escape in a text, say: such a program runs all the same
+            tree = ast.parse(code)
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return None
     nodes = list(ast.walk(tree))
@@ -215,6 +219,7 @@ class Sandbox:
         if sys.platform == "win32":
             raise SandboxUnavailable("Windows has no way to confine a program that this package uses; run it on Linux")
         self._process: subprocess.Popen[bytes] | None = None
+        self._owner = os.getpid()
         self._guards: tuple[str, ...] = ()
         self._lock = threading.Lock()
 
@@ -270,6 +275,9 @@ class Sandbox:
             except (OSError, ValueError):
                 self._end()
                 return [SandboxFailure("crash", "the process that runs programs was lost")]
+            except BaseException:  # Ctrl-C: its answer would be taken for that of the next program
+                self._end()
+                raise
         results: list[Any] = []
         for line in lines:
             kind, value = _read(line)
@@ -279,8 +287,9 @@ class Sandbox:
         return results
 
     def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
             self._end()
+            self._owner = os.getpid()
             # -I: no settings from the environment or the folder; what can be imported is told, so that it is the same here
             self._process = subprocess.Popen(
                 [sys.executable, "-I", str(_WORKER), json.dumps(sys.path)],
@@ -292,7 +301,7 @@ class Sandbox:
 
     def _end(self) -> None:
         process, self._process = self._process, None
-        if process is None:
+        if process is None or self._owner != os.getpid():  # after a fork it is the other process's
             return
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:

@@ -16,10 +16,11 @@ import select
 import signal
 import struct
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
-_LARGEST = 1 << 20  # bytes of one result
+_LARGEST, _ALL = 1 << 20, 16 << 20  # bytes of one result, and of all that one process gives
 _WAITING = 10  # seconds on the clock that one second of time-out may take on a loaded machine
 _PRELOADED = {
     "numpy": ("numpy",),
@@ -209,10 +210,11 @@ def _run(job: dict[str, Any], filtered: Callable[[], bool] | None) -> list[str]:
         finally:
             os._exit(0)
     os.close(send)
-    lines, rest, reason = [], b"", None
+    lines, rest, reason, size = [], b"", None, 0
+    patience = _WAITING * job["timeout"]
+    until = time.monotonic() + patience  # of a whole line: who sends a byte now and then is not waited for for ever
     while True:
-        patience = _WAITING * job["timeout"]
-        if not select.select([receive], [], [], patience)[0]:
+        if not select.select([receive], [], [], max(0.0, until - time.monotonic()))[0]:
             reason = ["timeout", f"no answer in {patience:g} s"]
             break
         piece = os.read(receive, 1 << 16)
@@ -220,7 +222,10 @@ def _run(job: dict[str, Any], filtered: Callable[[], bool] | None) -> list[str]:
             break
         *whole, rest = (rest + piece).split(b"\n")
         lines += whole
-        if len(rest) > 2 * _LARGEST or len(lines) > len(job["inputs"]):
+        size += len(piece)
+        if whole:
+            until = time.monotonic() + patience
+        if len(rest) > 2 * _LARGEST or size > _ALL or len(lines) > len(job["inputs"]):
             reason = ["output", "it wrote more than its results"]
             break
     os.close(receive)

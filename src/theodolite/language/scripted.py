@@ -2,10 +2,10 @@
 
 __all__ = ["ScriptedLanguageModel"]
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from theodolite.language.model import AnswerCache, Completion, LanguageModel, ScoringUnavailable, Token
+from theodolite.language.model import AnswerCache, Completion, LanguageModel, Scored, ScoringUnavailable, Token
 
 
 class ScriptedLanguageModel(LanguageModel):
@@ -45,12 +45,14 @@ class ScriptedLanguageModel(LanguageModel):
     def _generate(self, request: dict[str, Any]) -> list[Completion]:
         return [self._made(request["prompt"], request) for _ in range(request["n"])]
 
-    def _score(self, prompt: str, continuations: Sequence[str]) -> list[float]:
+    def _score(self, prompts: Sequence[str], continuations: Sequence[str]) -> Iterator[Scored]:
         if self._log_probability is None:
             raise ScoringUnavailable(
                 "this scripted model was given no log_probability, so it cannot tell how likely a text is"
             )
-        return [self._log_probability(prompt, text) for text in continuations]
+        for prompt in prompts:
+            words = len(prompt.split()) + sum(len(text.split()) for text in continuations)
+            yield Scored(tuple(float(self._log_probability(prompt, text)) for text in continuations), words)
 
-    def _tokens(self, text: str) -> list[Token]:
+    def _tokens(self, text: str) -> tuple[list[Token], int]:
         raise ScoringUnavailable("a scripted model has no tokens")

@@ -35,6 +35,7 @@ from torch.nn.utils import parametrize
 
 from theodolite.core.errors import InputError, ModelError
 from theodolite.core.memory import bytes_per_row, chunks
+from theodolite.core.view import model_input
 from theodolite.parameters.weights import weight_tensors
 
 METHODS = ("random", "magnitude", "snip", "grasp", "synflow")
@@ -43,7 +44,7 @@ METHODS = ("random", "magnitude", "snip", "grasp", "synflow")
 _TEMPERATURE = 200.0
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-Rows = tuple[Tensor, Tensor]
+Rows = tuple[Any, Any]
 
 
 class LayerCollapseWarning(UserWarning):
@@ -75,9 +76,9 @@ def prune_at_init(
 ) -> dict[str, Tensor]:
     """A mask (bool, True = keep) for each Linear, Conv and Embedding weight, with floor(n / compression) kept in all.
 
-    method: of `METHODS`. data: (x, y), needed by snip and grasp (all rows are used) and synflow (for the shape of a row).
-    loss: mean loss of (scores, y), cross-entropy by default. rounds: of synflow, which keeps compression^(-t / rounds) after
-    round t. seed: of random.
+    method: of `METHODS`. data: (x, y), tensors or arrays, needed by snip and grasp (all rows are used) and
+    synflow (for the shape of a row). loss: mean loss of (scores, y), cross-entropy by default. rounds: of synflow, which
+    keeps compression^(-t / rounds) after round t. seed: of random.
 
     Warns (`LayerCollapseWarning`) where a layer keeps no weight. Raises InputError for an unknown method, a compression
     below 1 or missing data, and ModelError where scores are not finite.
@@ -137,13 +138,13 @@ def pruning_scores(
         return {name: weight.detach().abs() for name, weight in weights.items()}
     if data is None or len(data[0]) == 0:
         raise InputError(f"{method} looks at data: give data=(x, y) with at least one row")
+    x = model_input(net, data[0])
     if method == "synflow":
-        scores = _synflow(net, weights, data[0])
+        scores = _synflow(net, weights, x)
     else:
-        x, y = data
+        y = model_input(None, data[1])
         if len(x) != len(y):
             raise InputError(f"need as many targets as rows, got {len(x)} rows and {len(y)} targets")
-        x = x.double() if x.is_floating_point() else x
         scores = (_snip if method == "snip" else _grasp)(net, weights, x, y, loss or nn.functional.cross_entropy)
     broken = [name for name, score in scores.items() if not bool(torch.isfinite(score).all())]
     if broken:

@@ -45,6 +45,7 @@ _FILES = {
     "CLINC": "texts/clinc150-data_full.json.gz",
 }  # fmt: skip
 _TARGET, _TEST, _SELECTED, _VOCABULARY, _CONTEXT = 250, 150, 600, 2000, 3
+_THINNED = {"Python": 8, "HuffPost": 2}
 _METHODS = ("random", "heuristic classification", "heuristic, top k", "DSIR", "DSIR, unigrams")
 _PREDICTS = (
     "KL reduction, known before any training, predicts how well a model trained on the selection does",
@@ -136,14 +137,15 @@ class _Task:
             np.repeat(list(pool), [len(chunks) for chunks in pool.values()]),
         )
 
-    def select(self, seed: int) -> dict[str, np.ndarray]:
-        """Rows of the pool by every method."""
+    def select(self, featurizer: HashedNgrams, seed: int) -> dict[str, np.ndarray]:
+        """Rows of the pool by every method; unigrams have a featurizer of their own."""
         made = [
-            ImportanceResampler(HashedNgrams(n), seed=seed).fit(self.pool, self.target).select(_SELECTED).indices
-            for n in (2, 1)
+            ImportanceResampler(features, seed=seed).fit(self.pool, self.target).select(_SELECTED).indices
+            for features in (featurizer, HashedNgrams(ngrams=1))
         ]
         heuristic = [
-            select_heuristic(self.pool, self.target, _SELECTED, noisy=noisy, seed=seed) for noisy in (True, False)
+            select_heuristic(self.pool, self.target, _SELECTED, noisy=noisy, featurizer=featurizer, seed=seed)
+            for noisy in (True, False)
         ]
         return dict(zip(_METHODS, (select_random(self.pool, _SELECTED, seed=seed), *heuristic, *made), strict=True))
 
@@ -208,12 +210,13 @@ def _on_the_mix(mix: dict[str, list[str]], scale: Scale, seed: int) -> Iterator[
     full = scale is Scale.FULL
     names = tuple(_FILES) if full else ("HuffPost", "CLINC")
     steps, every = (400, 1) if full else (60, 8)
-    if not full:  # a quarter of the largest domain, from all over it
-        mix = {name: chunks[:: 4 if name == "Python" else 1] for name, chunks in mix.items()}
+    if not full:  # parts of the two largest domains, from all over them
+        mix = {name: chunks[:: _THINNED.get(name, 1)] for name, chunks in mix.items()}
     vocabulary = _vocabulary(mix)
     tasks = [_Task.of(mix, name, seed) for name in names]
-    chosen = [task.select(seed) for task in tasks]
-    gain = np.array([_gains(task, by) for task, by in zip(tasks, chosen, strict=True)])
+    featurizer = HashedNgrams()
+    chosen = [task.select(featurizer, seed) for task in tasks]
+    gain = np.array([_gains(task, by, featurizer) for task, by in zip(tasks, chosen, strict=True)])
     train, test = [], []
     for task, by in zip(tasks, chosen, strict=True):
         held = _windows(task.test, vocabulary)[::every]
@@ -230,9 +233,8 @@ def _on_the_mix(mix: dict[str, list[str]], scale: Scale, seed: int) -> Iterator[
     yield _finds(tasks, chosen, setting)
 
 
-def _gains(task: _Task, by: dict[str, np.ndarray]) -> list[float]:
+def _gains(task: _Task, by: dict[str, np.ndarray], featurizer: HashedNgrams) -> list[float]:
     """KL reduction of each selection; the pool is counted once for all of them."""
-    featurizer = HashedNgrams()
     pool, target = (featurizer.transform(texts) for texts in (task.pool, task.target))
     raw, wanted = (shares(np.asarray(rows.sum(axis=0)).ravel()) for rows in (pool, target))
     return [kl_gain(np.asarray(pool[rows].sum(axis=0)).ravel(), raw, wanted[:, None]) for rows in by.values()]
@@ -351,7 +353,7 @@ def _scales_out(mix: dict[str, list[str]] | None, needs: str, scale: Scale, seed
         distributed: Any = importlib.import_module("distributed")
     except ImportError:
         return Claim(*_SCALES[:2], None, _SCALES[2], None, scaled="needs the extra theodolite[distributed]")
-    raw = [chunk for chunks in mix.values() for chunk in chunks[: None if scale is Scale.FULL else 150]]
+    raw = [chunk for chunks in mix.values() for chunk in chunks[: None if scale is Scale.FULL else 60]]
     target, k = mix["Reuters"][-150:], len(raw) // 10
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "raw.jsonl"

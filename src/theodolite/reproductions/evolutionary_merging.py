@@ -28,6 +28,7 @@ from theodolite.parameters.merging import (
     merge,
     task_vector,
 )
+from theodolite.reproductions import evolutionary_merging_encoder as encoder
 from theodolite.reproductions import evolutionary_merging_language as language
 from theodolite.reproductions.claim import Claim, Comparator, Scale
 
@@ -35,15 +36,16 @@ _NEEDS_MNIST = "needs mnist.npz in the folder THEODOLITE_DATA"
 
 
 def claims(scale: Scale, seed: int) -> Iterator[Claim]:
-    """Every claim; those of the language model are left to --full."""
+    """Every claim; those of language models are left to --full."""
     yield _formulas(seed)
     yield _planted(seed)
-    digits = _load_mnist()
+    digits = _load_mnist(scale)
     if digits is None:
         for claim, paper, threshold in (_SKILL, _CONTROLS, _ROUTING, _PATH_CONTROL, _HYBRID, _SAME):
             yield Claim(claim, paper, None, threshold, None, scaled=_NEEDS_MNIST)
     else:
         yield from _mnist(digits, scale, seed)
+    yield from encoder.claims(scale, seed)
     yield from language.claims(scale, seed)
 
 
@@ -156,11 +158,15 @@ def _planted(seed: int) -> Claim:
 # ---- MNIST
 
 
-class Digits:
-    """MNIST as (60,000, 784) rows in [0, 1] and labels; 2,000 of the training rows decide, the test rows report."""
+_SEARCHED = {Scale.QUICK: 1000, Scale.FULL: 2000}
+"""Rows that a candidate is scored on."""
 
-    def __init__(self, x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> None:
-        self.x, self.y = x, y
+
+class Digits:
+    """MNIST as (60,000, 784) rows in [0, 1] and labels; ``searched`` training rows decide, the test rows report."""
+
+    def __init__(self, x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, searched: int) -> None:
+        self.x, self.y, self.searched = x, y, searched
         self.test = accuracy_fitness(x_test, y_test)
         self.test_rows = len(x_test)
 
@@ -169,8 +175,8 @@ class Digits:
         return torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed))
 
     def fitness(self, seed: int) -> Fitness:
-        """Accuracy on 2,000 rows that no network was trained on."""
-        rows = self.order(seed)[50_000:52_000]
+        """Accuracy on rows that no network was trained on."""
+        rows = self.order(seed)[50_000:][: self.searched]
         return accuracy_fitness(self.x[rows], self.y[rows])
 
     def fit(self, model: nn.Module, rows: Tensor, recipe: Recipe) -> nn.Module:
@@ -179,14 +185,14 @@ class Digits:
         return model.eval()
 
 
-def _load_mnist() -> Digits | None:
+def _load_mnist(scale: Scale) -> Digits | None:
     path = find_data("mnist.npz")
     if path is None:
         return None
     with np.load(path) as stored:
         images = [torch.from_numpy(stored[f"x_{part}"]).float().flatten(1) / 255 for part in ("train", "test")]
         labels = [torch.from_numpy(stored[f"y_{part}"]).long() for part in ("train", "test")]
-    return Digits(images[0], labels[0], images[1], labels[1])
+    return Digits(images[0], labels[0], images[1], labels[1], _SEARCHED[scale])
 
 
 def halves(digits: Digits, seed: int) -> tuple[nn.Module, list[nn.Module]]:
@@ -244,7 +250,7 @@ def _mnist(digits: Digits, scale: Scale, seed: int) -> Iterator[Claim]:
         )
         for (base, tuned), s in runs
     ]  # fmt: skip
-    yield _skill(found, [digits.test(base) for (base, _), _ in runs])
+    yield _skill(found, [digits.test(base) for (base, _), _ in runs], digits.searched)
     yield _against_controls(found)
     path_seeds = seeds if scale is Scale.FULL else seeds[:1]
     damaged = [damaged_pair(digits, s) for s in path_seeds]
@@ -274,7 +280,7 @@ def _tests(results: list[MergeResult]) -> list[float]:
     return [r.test for r in results if r.test is not None]
 
 
-def _skill(found: list[MergeResult], base: list[float]) -> Claim:
+def _skill(found: list[MergeResult], base: list[float], searched: int) -> Claim:
     ours, source, average = _tests(found), _baseline(found, "source"), _baseline(found, "uniform average")
     mean = mean_of_runs(ours, unit="accuracy", within=(0, 1))
     holds = (
@@ -286,7 +292,7 @@ def _skill(found: list[MergeResult], base: list[float]) -> Claim:
     return Claim(
         _SKILL[0], _SKILL[1], mean, _SKILL[2], bool(holds),
         Comparator("uniform average", float(np.mean(average))),
-        "MNIST, MLP 784-128-128-10, dare_ties, 300 evaluations on 2,000 rows, 3 seeds: evolved "
+        f"MNIST, MLP 784-128-128-10, dare_ties, 300 evaluations on {searched:,} rows, 3 seeds: evolved "
         + ", ".join(f"{v:.4f}" for v in ours)
         + f"; uniform average {_listed(average)}; best source {_listed(source)}; base {_listed(base)}; the value in the "
         f"search was {np.mean([r.fitness for r in found]):.4f} on average",

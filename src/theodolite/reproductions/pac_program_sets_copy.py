@@ -1,7 +1,8 @@
-"""A small copying Transformer from questions to SQL, as the reproduction of program sets trains it on GeoQuery."""
+"""A small copying Transformer from questions to SQL, as the reproduction of program sets trains it on GeoQuery and ATIS."""
 
 __all__ = ["CopyTransformer", "TextToSQL", "train_text_to_sql"]
 
+import gzip
 import json
 import re
 from collections.abc import Sequence
@@ -75,10 +76,24 @@ class TextToSQL:
     parameters: int
 
 
-def train_text_to_sql(path: Path, *, width: int = 128, layers: int = 2, epochs: int = 60, seed: int = 0) -> TextToSQL:
-    """Train on the question split's training part of a text2sql-data file; write SQL for its dev and test parts."""
+def train_text_to_sql(
+    path: Path,
+    *,
+    width: int = 128,
+    layers: int = 2,
+    epochs: int = 60,
+    longest: int = _LONGEST - 2,
+    seed: int = 0,
+) -> TextToSQL:
+    """Train on the question split's training part of a text2sql-data file; write SQL for its dev and test parts.
+
+    path: .json or .json.gz. longest: questions whose query has more pieces than this are left out.
+    """
+    data = path.read_bytes()
     pairs: dict[str, list[tuple[str, str]]] = {"train": [], "rest": []}
-    for query in json.loads(path.read_text(encoding="utf-8")):
+    for query in json.loads(gzip.decompress(data) if path.suffix == ".gz" else data):
+        if len(_PIECE.findall(query["sql"][0])) > longest:
+            continue
         for sentence in query["sentences"]:
             part = "train" if sentence["question-split"] == "train" else "rest"
             pairs[part].append((sentence["text"], query["sql"][0]))

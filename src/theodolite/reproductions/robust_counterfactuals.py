@@ -16,18 +16,23 @@ from theodolite.core.estimate import Estimate, bootstrap, proportion
 from theodolite.core.sources import find_data
 from theodolite.core.train import Recipe
 from theodolite.explanations.robust_counterfactuals import (
+    Cchvae,
     ClosestCounterfactual,
     ConfidenceThreshold,
     CounterfactualSet,
     NearestNeighbour,
+    Revise,
     StableNeighbourSearch,
     TRex,
+    TRexLatent,
     TRexNearest,
     retrain,
     robust_validity,
     stability,
     stability_guarantee,
+    train_autoencoder,
 )
+from theodolite.explanations.table_schema import TableSchema
 from theodolite.reproductions.claim import Claim, Comparator, Scale
 
 _FILE = "trex/heloc.npz"
@@ -42,6 +47,7 @@ _NEED_DATA = {
     "the price is bounded: L2 cost at tau = 0.75 over that of the closest": "<= 3.2, and below SNS + 25 % at its validity",
     "T-Rex:NN survives retraining and stays plausible": "robust validity >= 0.9 and LOF = 1.0",
     "the plain nearest neighbour does not survive retraining": "robust validity <= 0.5",
+    "T-Rex in the code of an autoencoder survives retraining": "robust validity >= 0.93 at tau = 0.75, above C-CHVAE and REVISE",
     "the stability of a point ranks its survival": "Spearman >= 0.75",
 }
 
@@ -202,6 +208,8 @@ def _on_heloc(data: dict[str, np.ndarray], scale: Scale, seed: int) -> Iterator[
         f"HELOC, 39-128-128-2 networks, 20 epochs instead of 50; {rows} factuals for each of {bases} base networks, "
         f"{others} retrained ones instead of 50, with other seeds; intervals over factuals, so not over base networks"
     )
+    coder = train_autoencoder(TableSchema.of(train_x), train_x, epochs=5 if quick else 50, seed=seed)
+    latent: dict[str, Any] = {"autoencoder": coder, "seed": seed}
     methods: dict[str, Any] = {
         "closest": ClosestCounterfactual(seed=seed),
         "SNS": StableNeighbourSearch(seed=seed),
@@ -209,6 +217,9 @@ def _on_heloc(data: dict[str, np.ndarray], scale: Scale, seed: int) -> Iterator[
         "confidence": ConfidenceThreshold(tau=0.75, seed=seed),
         "NN": NearestNeighbour(seed=seed),
         "T-Rex:NN": TRexNearest(k=200 if quick else 1000, seed=seed),
+        "T-Rex latent": TRexLatent(**latent),
+        "C-CHVAE": Cchvae(samples=200 if quick else 1000, **latent),
+        "REVISE": Revise(steps=200 if quick else 1000, **latent),
     }
     found: dict[str, list[CounterfactualSet]] = {name: [] for name in methods}
     for base in models[:bases]:
@@ -251,12 +262,25 @@ def _on_heloc(data: dict[str, np.ndarray], scale: Scale, seed: int) -> Iterator[
         f". Validity of SNS {shown['SNS'].value:.3f}, of T-Rex {ours.value:.3f}",
     )  # fmt: skip
     outliers = LocalOutlierFactor(n_neighbors=1, novelty=True).fit(train_x)
-    lof = float(np.mean([outliers.predict(s.counterfactuals).mean() for s in found["T-Rex:NN"]]))
+    lof = {
+        n: float(np.mean(np.concatenate([outliers.predict(s.counterfactuals[s.valid]) for s in found[n]])))
+        for n in ("T-Rex:NN", "closest", "T-Rex 0.75", "T-Rex latent", "C-CHVAE", "REVISE")
+    }
     yield claim(
-        6, shown["T-Rex:NN"], shown["T-Rex:NN"].value >= 0.9 and lof == 1.0,
-        Comparator("nearest neighbour, robust validity", shown["NN"].value), f". LOF {lof:.3f}",
+        6, shown["T-Rex:NN"], shown["T-Rex:NN"].value >= 0.9 and lof["T-Rex:NN"] == 1.0,
+        Comparator("nearest neighbour, robust validity", shown["NN"].value), f". LOF {lof['T-Rex:NN']:.3f}",
     )  # fmt: skip
     yield claim(7, shown["NN"], shown["NN"].value <= 0.5, closest, each("NN"))
+    ours, others_best = shown["T-Rex latent"], max(shown[n].value for n in ("C-CHVAE", "REVISE"))
+    told = "; ".join(
+        f"{n}: validity {shown[n].value:.3f}, cost {np.nanmean(cost[n]):.3f}, LOF {lof[n]:.2f}"
+        for n in ("T-Rex latent", "C-CHVAE", "REVISE", "T-Rex 0.75", "closest")
+    )
+    yield claim(
+        8, ours, ours.value >= 0.93 and ours.value >= others_best,
+        Comparator("C-CHVAE, robust validity", shown["C-CHVAE"].value),
+        f". {told}. One autoencoder 39-128-8 for all; it explains {coder.explained:.3f} of the variance of rows it has not seen",
+    )  # fmt: skip
     yield _ranks(models[0], retrained, test_x[:1200], quick, seed, words)
 
 

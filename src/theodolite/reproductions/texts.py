@@ -1,6 +1,6 @@
 """Sets of labelled texts that several reproductions read from the data folder (`theodolite.core.sources.find_data`)."""
 
-__all__ = ["film_reviews", "paraphrases"]
+__all__ = ["film_reviews", "film_sentences", "paraphrases"]
 
 import tarfile
 from pathlib import Path
@@ -26,3 +26,14 @@ def paraphrases(path: Path) -> tuple[list[tuple[str, str]], list[int]]:
     if not fields or any(len(row) != 5 or row[0] not in ("0", "1") for row in fields):
         raise DataError(f"{path} is not an MRPC file: every row needs a label 0 or 1, two numbers and two sentences")
     return [(row[3], row[4]) for row in fields], [int(row[0]) for row in fields]
+
+
+def film_sentences(negative: Path, positive: Path) -> tuple[list[str], list[int]]:
+    """Sentences about films, each once, and their polarity (1: positive), from a file of each, one sentence a line."""
+    found = list[tuple[str, int]]()
+    for polarity, path in enumerate((negative, positive)):
+        lines = (line.strip() for line in path.read_text(encoding="latin-1").split("\n"))
+        found += [(line, polarity) for line in dict.fromkeys(lines) if line]
+    if {polarity for _, polarity in found} != {0, 1}:
+        raise DataError(f"{negative} and {positive} must both have lines of text")
+    return [text for text, _ in found], [polarity for _, polarity in found]

@@ -32,7 +32,7 @@ from theodolite.hyperparameters.verbalized import (
 )
 from theodolite.language import ENDPOINT, MODEL, connect, named_model
 from theodolite.language.local import LocalModel
-from theodolite.language.model import AnswerCache
+from theodolite.language.model import AnswerCache, Scored
 from theodolite.language.pretrained import model_folder
 from theodolite.reproductions.claim import Claim, Comparator, Scale
 
@@ -109,9 +109,9 @@ class _Recorded(LocalModel):
         self.prompts: list[str] = []
         self.conversations: list[Sequence[Any]] = []
 
-    def score_table(self, prompts: Sequence[str], continuations: Sequence[str]) -> np.ndarray:
+    def score_many(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[Scored]:
         self.prompts += prompts
-        return super().score_table(prompts, continuations)
+        return super().score_many(prompts, continuations)
 
     def chat(self, messages: Sequence[Any], **options: Any) -> Any:
         self.conversations.append(messages)

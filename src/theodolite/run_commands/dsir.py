@@ -3,10 +3,13 @@
 __all__ = ["command"]
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from theodolite.commands import Dask, Json, Seed, SubjectFlags, Workers, executor_of
 from theodolite.core.errors import InputError
@@ -79,6 +82,7 @@ def command(
         raise InputError("--subject, --model and --data chart a language model; leave them out with --raw and --target")
     if on_error not in ("raise", "skip") or method not in ("gumbel", "top_k"):
         raise InputError(f"--on-error is raise or skip and --method gumbel or top_k; got {on_error!r} and {method!r}")
+    from theodolite.core.parallel import open_pool
     from theodolite.data.importance_resampling import Corpus, HashedNgrams, ImportanceResampler
 
     def corpus(files: list[str]) -> Corpus:
@@ -86,7 +90,8 @@ def command(
 
     began = time.perf_counter()
     wanted = [corpus([one]) for one in target] if separate_targets else corpus(target)
-    with executor_of(workers, dask) as executor:
+    # one pool for all passes, whose workers remember the n-grams that they have hashed
+    with executor_of(workers, dask) as given, open_pool(given) as executor, _bars(hidden=as_json) as bars:
         made = ImportanceResampler(
             HashedNgrams(ngrams, buckets),
             smoothing=smoothing,
@@ -95,6 +100,7 @@ def command(
             executor=executor,
             seed=seed,
             folder=work,
+            on_shard=_shower(bars),
         ).fit(corpus(raw), wanted)
         chosen = made.select(select, cast(Any, method))
         by_chance = made.select(select, "random")
@@ -117,6 +123,30 @@ def command(
     if out is None and as_json:
         result["rows"] = chosen.indices.tolist()
     tell(result, as_json)
+
+
+def _bars(*, hidden: bool) -> Progress:
+    """A line for each pass, on stderr, so that what is printed can be piped."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("shards"),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True)
+
+
+def _shower(bars: Progress) -> Callable[[str, int, int], None]:
+    """Shows how many shards of a pass are done; of a pass that is made again the line starts again."""
+    lines: dict[str, TaskID] = {}
+
+    def show(what: str, done: int, of: int) -> None:
+        if what not in lines:
+            lines[what] = bars.add_task(what, total=of)
+        bars.update(lines[what], completed=done, total=of)
+
+    return show
 
 
 def _counted(left_out: Any) -> str:

@@ -8,19 +8,28 @@ from typing import Annotated, Any
 import typer
 
 from theodolite.commands import Json, SubjectFlags, subject_flags
-from theodolite.core.errors import InputError
+from theodolite.core.errors import DataError, InputError
 from theodolite.run_commands.shared import Memory, Seconds, chart, tell
+
+_CATEGORIES = ("numeric", "strings", "neurons_entities", "neurons_relations")
 
 
 @subject_flags
 def command(
     flags: SubjectFlags,
     functions: Annotated[
-        int | None, typer.Option(help="benchmark on so many generated functions instead of charting a subject", min=1)
+        int | None, typer.Option(help="benchmark on so many functions instead of charting a subject", min=1)
     ] = None,
-    category: Annotated[str, typer.Option(help="of generated functions: numeric or strings")] = "numeric",
+    category: Annotated[str, typer.Option(help=f"of functions: {', '.join(_CATEGORIES)}")] = "numeric",
+    published: Annotated[
+        Path | None, typer.Option(help="folder of the published functions; generated ones without it", file_okay=False)
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(help="CSV file to score: columns function, description, domain, code (as --table writes it)"),
+    ] = None,
     reader: Annotated[
-        str | None, typer.Option(help="OpenAI-compatible endpoint of the interpreter, up to and with /v1")
+        str | None, typer.Option(help="OpenAI-compatible endpoint of the interpreter or judge, up to and with /v1")
     ] = None,
     reader_model: Annotated[
         str | None, typer.Option(help="the endpoint's model; alone: smollm2 or a Hugging Face folder")
@@ -31,39 +40,63 @@ def command(
     memory: Memory = 1024,
     as_json: Json = False,
 ) -> None:
-    """Test interpreters on functions with known answers (--functions, --reader), or describe a subject's own curves."""
-    if functions is None and reader is None and reader_model is None:
+    """Describe a subject's own curves or units; test interpreters (--functions, --reader); score or judge --answers.
+
+    Answers about numeric functions and generated strings are scored by their code; about published strings by their code, and
+    about published neurons by their description, on the published tests (by a sentence encoder, or by --reader).
+    """
+    asked = reader is not None or reader_model is not None
+    if functions is None and not asked and answers is None and published is None:
         chart("function-interpretation", flags, seconds, memory, as_json)
         return
-    if category not in ("numeric", "strings"):
-        raise InputError(f"--category is numeric or strings, got {category!r}")
+    if category not in _CATEGORIES:
+        raise InputError(f"--category is one of {', '.join(_CATEGORIES)}, got {category!r}")
+    if published is None and category.startswith("neurons"):
+        raise InputError("neurons are published ones: give their folder with --published")
+    if answers is None and published is not None and category != "numeric":
+        raise InputError(f"published {category} have tests and no function to ask: give --answers to judge")
+    model = None
+    if asked:
+        from theodolite.language import connect
+
+        model = connect(reader, reader_model)
+    made = _functions(category, published, functions, flags.seed, whole=answers is not None)
+    if answers is not None:
+        tell(_scored(made, category, _read(answers), model, published is not None), as_json)
+        return
+    tell(_benchmark(made, category, model, flags.seed, rounds, table), as_json)
+
+
+def _functions(category: str, published: Path | None, count: int | None, seed: int, *, whole: bool) -> list[Any]:
+    from theodolite.explanations.function_interpretation import load_published, make_numeric, make_strings
+
+    if published is not None:
+        return load_published(published, category)[: count or (None if whole else 20)]
+    make: Any = make_numeric if category == "numeric" else make_strings
+    return list(make(count or 20, seed))
+
+
+def _benchmark(
+    made: list[Any], category: str, model: Any, seed: int, rounds: int, table: Path | None
+) -> dict[str, Any]:
+    """Interpreters on functions, in a table."""
     from theodolite.core.files import write_whole
     from theodolite.explanations.function_interpretation import (
         LanguageModelInterpreter,
         SymbolicInterpreter,
         benchmark,
-        make_numeric,
-        make_strings,
     )
 
-    runners: list[Any] = []
-    if category == "numeric":
-        runners += [SymbolicInterpreter(), SymbolicInterpreter(scan=False)]
-    if reader is not None or reader_model is not None:
-        from theodolite.language import connect
-
-        runners.append(LanguageModelInterpreter(connect(reader, reader_model)))
+    runners: list[Any] = [SymbolicInterpreter(), SymbolicInterpreter(scan=False)] if category == "numeric" else []
+    if model is not None:
+        runners.append(LanguageModelInterpreter(model))
     if not runners:
         raise InputError("strings need a language model: give --reader and --reader-model")
-    count = functions or 20
-    made: list[Any] = (
-        make_numeric(count, flags.seed) if category == "numeric" else list(make_strings(count, flags.seed))
-    )
-    found = benchmark(made, runners, seed=flags.seed, rounds=rounds)
+    found = benchmark(made, runners, seed=seed, rounds=rounds)
     frame = found.frame()
     if table is not None:
         write_whole(table, frame.to_csv(index=False))
-    result: dict[str, Any] = {"functions": count}
+    result: dict[str, Any] = {"functions": len(made)}
     for name in dict.fromkeys(row.interpreter for row in found.rows):
         rows: Any = frame[frame["interpreter"] == name]
         if category == "numeric":
@@ -78,4 +111,69 @@ def command(
         calls, tokens = int(rows["calls"].sum()), int((rows["prompt_tokens"] + rows["completion_tokens"]).sum())
         if calls:
             result[f"{name}: calls and tokens"] = f"{calls}, {tokens}"
-    tell(result, as_json)
+    return result
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Answers by the function's name; of a table of several interpreters those of the first."""
+    import pandas as pd
+
+    from theodolite.explanations.function_interpretation import Interpretation
+
+    try:
+        frame: Any = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path} as CSV: {error}") from error
+    if "function" not in frame or not {"description", "code"} & set(frame):
+        raise DataError(f"{path} needs the columns function, and description or code; it has: {', '.join(frame)[:200]}")
+    if "interpreter" in frame:
+        frame = frame[frame["interpreter"] == frame["interpreter"].iloc[0]] if len(frame) else frame
+    if frame["function"].duplicated().any():
+        raise DataError(f"{path} has two answers for {frame['function'][frame['function'].duplicated()].iloc[0]}")
+    return {
+        row["function"]: Interpretation(row.get("description", ""), row.get("domain", ""), row.get("code", ""))
+        for row in frame.to_dict("records")
+    }
+
+
+def _scored(made: list[Any], category: str, answers: dict[str, Any], model: Any, published: bool) -> dict[str, Any]:
+    from theodolite.core.estimate import proportion
+    from theodolite.explanations.function_interpretation import (
+        EmbeddingJudge,
+        ExecutionJudge,
+        LanguageModelJudge,
+        score_numeric,
+        score_strings,
+        unit_test,
+    )
+    from theodolite.explanations.function_interpretation.table import string_inputs
+
+    there = [fn for fn in made if fn.name in answers]
+    if not there:
+        raise DataError(f"no answer is about one of these functions, such as {made[0].name}")
+    told = [answers[fn.name] for fn in there]
+    result: dict[str, Any] = {"functions answered": f"{len(there)} of {len(made)}"}
+    if category == "numeric":
+        scores = [score_numeric(fn, one) for fn, one in zip(there, told, strict=True)]
+        result["r2_nmse < .1"] = proportion(sum(s.r2_nmse < 0.1 for s in scores), len(scores))
+        result["published success"] = proportion(sum(s.success for s in scores), len(scores))
+        if local := [s.local_nmse for s in scores if s.local_nmse is not None]:
+            result["local_nmse < .1 where detectable"] = proportion(sum(one < 0.1 for one in local), len(local))
+        if failed := [s.reason for s in scores if s.reason]:
+            result["code that failed"] = ", ".join(f"{failed.count(why)} {why}" for why in dict.fromkeys(failed))
+        return result
+    if not published:
+        shares = [score_strings(fn, one, string_inputs(40, 0)) for fn, one in zip(there, told, strict=True)]
+        return result | {"mean share of identical outputs": sum(shares) / len(shares)}
+    judge: Any = LanguageModelJudge(model) if model is not None else EmbeddingJudge()
+    words = [one.description for one in told]
+    if category == "strings" and model is None:
+        judge, words = ExecutionJudge(), [one.code for one in told]
+    for name, given in (
+        ("tests answered", words),
+        ("tests answered from another's description", words[1:] + words[:1]),
+    ):
+        scores = [unit_test(one, fn.tests, judge) for fn, one in zip(there, given, strict=True)]
+        result[name] = proportion(sum(round(s.accuracy * s.n) for s in scores), sum(s.n for s in scores))
+        result[f"{name}: not parsed"] = sum(s.unparsed for s in scores)
+    return result | {"chance": 1 / 3}

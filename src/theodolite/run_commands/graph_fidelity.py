@@ -2,6 +2,7 @@
 
 __all__ = ["command"]
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,11 @@ from theodolite.commands import Json, Seed
 from theodolite.core.errors import DataError, InputError, ModelError
 from theodolite.run_commands.shared import tell
 
+_MASK = "edge_mask"
+_COLUMNS = (
+    "plus", "minus", "delta", "ordinary_plus", "ordinary_minus", "ordinary_delta", "sparsity", "characterization",
+)  # fmt: skip
+
 
 def command(
     model: Annotated[str | None, typer.Option(help="package.module:factory of a graph network")] = None,
@@ -18,7 +24,8 @@ def command(
     graphs: Annotated[
         Path | None,
         typer.Option(
-            help="folder of .npz files: x, edge_index, edge_mask (the explanation), and label where it is known"
+            help="folder of .npz files: x, edge_index, label where it is known, and edge_mask (the explanation), or "
+            "edge_mask_NAME for each of several explainers"
         ),
     ] = None,
     threshold: Annotated[float | None, typer.Option(help="a soft mask's edges above it are the explanation")] = None,
@@ -54,38 +61,50 @@ def command(
     if not files:
         raise DataError(f"{graphs} holds no .npz files")
     made, masks, labels = zip(*(_read(path) for path in files), strict=True)
+    names = sorted(masks[0])
+    for path, found in zip(files, masks, strict=True):
+        if sorted(found) != names:
+            raise DataError(
+                f"{path} holds {', '.join(sorted(found))}, {files[0]} {', '.join(names)}; give all the same"
+            )
     known = None if any(label is None for label in labels) else list(labels)
-    table = fidelity_table(
-        network,
-        made,
-        masks,
-        known,
-        alpha1=alpha1,
-        alpha2=alpha2,
-        n_samples=samples,
-        threshold=threshold,
-        top_k=top_k,
-        seed=seed,
-    )
-    columns = [
-        "plus",
-        "minus",
-        "delta",
-        "ordinary_plus",
-        "ordinary_minus",
-        "ordinary_delta",
-        "sparsity",
-        "characterization",
-    ]
+    tables = {
+        name: fidelity_table(
+            network, made, [found[name] for found in masks], known, alpha1=alpha1, alpha2=alpha2, n_samples=samples,
+            threshold=threshold, top_k=top_k, seed=seed,
+        )
+        for name in names
+    }  # fmt: skip
     result: dict[str, Any] = {"graphs": len(files), "labels": "predicted" if known is None else "given"}
-    result |= {f"mean_{name}": float(table[name].to_numpy().mean()) for name in columns}
-    if as_json:
-        result["by_graph"] = {path.stem: row for path, row in zip(files, table.to_dict("records"), strict=True)}
+    if len(names) > 1:
+        result |= _ranked(tables)
+    for name, table in tables.items():
+        said = "" if len(names) == 1 else f"{name.removeprefix(_MASK + '_')}_"
+        result |= {f"{said}mean_{column}": float(table[column].to_numpy().mean()) for column in _COLUMNS}
+        if as_json:
+            result[f"{said}by_graph"] = {
+                path.stem: row for path, row in zip(files, table.to_dict("records"), strict=True)
+            }
     tell(result, as_json)
 
 
-def _read(path: Path) -> tuple[Any, Any, int | None]:
-    """A graph, its explanation and its label."""
+def _ranked(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """The explainers in the order of each FidΔ, the best first, and whether the two orders begin with the same one."""
+    result: dict[str, Any] = {}
+    for column, kind in (("delta", "robust"), ("ordinary_delta", "ordinary")):
+        means = {name.removeprefix(f"{_MASK}_"): float(table[column].mean()) for name, table in tables.items()}
+        result[f"{kind}_fidelity_ranks"] = sorted(means, key=lambda name: -means[name])
+    first, other = result["robust_fidelity_ranks"][0], result["ordinary_fidelity_ranks"][0]
+    if first != other:
+        result["note"] = (
+            f"robust fidelity puts {first} first, ordinary fidelity {other}; the ordinary one shows the network graphs unlike "
+            "any that it was trained on"
+        )
+    return result
+
+
+def _read(path: Path) -> tuple[Any, dict[str, Any], int | None]:
+    """A graph, its explanations by name and its label."""
     import numpy as np
     import torch
 
@@ -96,7 +115,8 @@ def _read(path: Path) -> tuple[Any, Any, int | None]:
             arrays = {name: found[name] for name in found.files}
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path} as an .npz file of arrays: {error}") from error
-    missing = [name for name in ("x", "edge_index", "edge_mask") if name not in arrays]
+    masks = {name: mask for name, mask in arrays.items() if name == _MASK or name.startswith(f"{_MASK}_")}
+    missing = [name for name in ("x", "edge_index") if name not in arrays] + ([] if masks else [_MASK])
     if missing:
         raise DataError(f"{path} has no {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}")
     if not np.issubdtype(arrays["edge_index"].dtype, np.integer):
@@ -106,8 +126,13 @@ def _read(path: Path) -> tuple[Any, Any, int | None]:
         x = torch.from_numpy(arrays["x"])
         edge_index = torch.from_numpy(arrays["edge_index"].astype(np.int64))
 
-    label = int(arrays["label"]) if "label" in arrays else None
-    return Graph.from_pyg(Columns), arrays["edge_mask"], label
+    label = arrays.get("label")
+    if label is not None and (label.size != 1 or label.dtype.kind not in "iu"):
+        raise DataError(f"{path}: label must be one whole number, it is an array {label.shape} of {label.dtype}")
+    try:
+        return Graph.from_pyg(Columns), masks, None if label is None else int(label.item())
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def _known_motifs(alpha1: float, alpha2: float, samples: int, seed: int) -> dict[str, Any]:

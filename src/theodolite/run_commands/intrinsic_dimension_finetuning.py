@@ -4,51 +4,16 @@ __all__ = ["command"]
 
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-import numpy as np
 import typer
 
 from theodolite.commands import Dask, Json, SubjectFlags, Workers, executor_of, subject_flags
 from theodolite.core.errors import InputError
+from theodolite.run_commands._text_tables import is_text_model, read_texts
 from theodolite.run_commands.shared import Memory, tell
 
-if TYPE_CHECKING:
-    from theodolite.core.subject import Rows
-
 _RATES, _FULL_RATES, _HEAD_RATES, _BATCH = (0.1, 0.3), (3e-5, 1e-4, 1e-3), (1e-3, 1e-2), 16
-
-
-class _TokenIds:
-    """Texts as rows of token ids, -1 where there is none: what the loader of tables takes for an embedding."""
-
-    def __init__(self, model: str, longest: int) -> None:
-        self.model, self.longest = model, longest
-        self.note = f"texts as up to {longest} tokens of {model}"
-
-    def fit(self, texts: Sequence[str]) -> None:
-        """Nothing is learnt."""
-
-    def features(self) -> tuple[str, ...]:
-        """The places of the tokens have no names."""
-        return ()
-
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Ids (n, longest), float32, which holds them exactly."""
-        from theodolite.parameters.finetuning_dimension import token_columns
-
-        found = token_columns(self.model, texts, [0] * len(texts), longest=self.longest)
-        out = np.full((len(texts), self.longest), -1, dtype=np.float32)
-        ids, there = found["input_ids"].numpy(), found["attention_mask"].numpy() == 1
-        out[:, : ids.shape[1]] = np.where(there, ids, -1)
-        return out
-
-
-def _columns(rows: "Rows") -> dict[str, Any]:
-    ids = rows.x.long()
-    return {"input_ids": ids.clamp(min=0), "attention_mask": (ids >= 0).long(), "labels": rows.y}
 
 
 @subject_flags
@@ -65,20 +30,12 @@ def command(
     as_json: Json = False,
 ) -> None:
     """d90 of a pretrained language model (--model minilm, a Hugging Face folder or name) on a table of texts (--data)."""
-    if not _is_text_model(flags):
+    if not is_text_model(flags):
         raise InputError(
             "give a pretrained language model (--model minilm, a Hugging Face folder or name) and a table of texts (--data)"
         )
     with executor_of(workers, dask) as executor:
         tell(_measure(flags, _numbers(dimensions), tokens, bits, memory << 20, executor), as_json)
-
-
-def _is_text_model(flags: SubjectFlags) -> bool:
-    """Whether --model names a language model, and not a factory or a file of another kind."""
-    model = flags.model
-    if flags.data is None or model in (None, "auto") or flags.task == "language":
-        return False
-    return Path(model).is_dir() or not (":" in model or Path(model).suffix.lower() in (".skops", ".onnx"))
 
 
 def _numbers(text: str) -> list[int]:
@@ -95,8 +52,6 @@ def _measure(
 ) -> dict[str, Any]:
     from torch import nn
 
-    from theodolite.core.loading.data import load_data
-    from theodolite.core.loading.options import Wanted
     from theodolite.parameters.finetuning_dimension import (
         BuildTextClassifier,
         FineTuningSubspace,
@@ -106,8 +61,7 @@ def _measure(
     )
 
     model, seed, epochs = str(flags.model), flags.seed, flags.epochs or 3
-    data = load_data(str(flags.data), flags.options(), Wanted(embedding=_TokenIds(model, tokens))).data
-    parts = {name: _columns(rows) for name, rows in data.parts.items()}
+    data, parts = read_texts(flags, tokens)
     classifies = data.task == "classification"
     build = BuildTextClassifier(model, len(data.classes) if classifies else 1)
     first = build(seed)

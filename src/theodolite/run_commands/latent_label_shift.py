@@ -17,7 +17,6 @@ from theodolite.run_commands.shared import Memory, Seconds, chart, tell
 def command(
     flags: SubjectFlags,
     table: Annotated[Path | None, typer.Argument(help="the table, as with --data")] = None,
-    domain: Annotated[str | None, typer.Option(help="column that names each row's domain (site, shop, week)")] = None,
     classes: Annotated[
         int | None, typer.Option(help="hidden classes to find; the evidence on their number otherwise")
     ] = None,
@@ -40,6 +39,7 @@ def command(
         if flags.data is not None:
             raise InputError(f"give the table once: {table}, or --data {flags.data}")
         flags = replace(flags, data=str(table))
+    domain = flags.domain
     if domain is None:
         if classes is not None or clusters is not None or leave_out or out is not None:
             raise InputError("--classes, --clusters, --leave-out and --out need --domain COLUMN and --data FILE")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from theodolite.commands import Json, SubjectFlags, subject_flags
-from theodolite.core.errors import DataError
+from theodolite.core.errors import DataError, InputError
 from theodolite.run_commands.shared import Memory, Seconds, chart, tell
 
 _ALL = 10**9
@@ -93,7 +93,9 @@ def _read(path: Path, label: str | None, flags: SubjectFlags) -> tuple[Any, Any,
     frame = read_table(path, options).frame
     target = find_target(list(map(str, frame.columns)), options)
     frame.columns = list(map(str, frame.columns))
-    found = find_columns(frame.drop(columns=target))
+    if options.domain is not None and options.domain not in frame.columns:
+        raise InputError(f"--domain {options.domain}: {path} has no such column")
+    found = find_columns(frame.drop(columns=[target, *([options.domain] if options.domain is not None else [])]))
     if not found.columns:
         raise DataError(f"{path} has no column of numbers or categories beside the label {target!r}")
     kept = np.ones(len(frame), dtype=bool)

@@ -2,6 +2,7 @@
 
 __all__ = ["command"]
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,13 +23,20 @@ def command(
         str | None, typer.Option(help="name of the wanted class; the second of two where left out")
     ] = None,
     tau: Annotated[float, typer.Option(help="stability to reach, between 0 and 1")] = 0.75,
-    immutable: Annotated[list[str] | None, typer.Option(help="column that may not change; repeat for more")] = None,
+    immutable: Annotated[
+        list[str] | None, typer.Option(help="column, or a whole category, that may not change; repeat for more")
+    ] = None,
     increasing: Annotated[list[str] | None, typer.Option(help="column that may only grow; repeat for more")] = None,
     decreasing: Annotated[list[str] | None, typer.Option(help="column that may only fall; repeat for more")] = None,
     group: Annotated[
-        list[str] | None, typer.Option(help="one-hot group: its columns with commas between them; repeat for more")
+        list[str] | None,
+        typer.Option(
+            help="one-hot group: its columns with commas between them; repeat for more (default: the categories of the file)"
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="CSV file to write the counterfactuals to")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="CSV file to write the counterfactuals to, in the units of the file")
+    ] = None,
     seconds: Seconds = 60.0,
     memory: Memory = 1024,
     as_json: Json = False,
@@ -39,10 +47,12 @@ def command(
             raise InputError("--wanted, --immutable, --increasing, --decreasing, --group and --out go with --rows")
         chart("robust-counterfactuals", flags, seconds, memory, as_json)
         return
+    import numpy as np
     import pandas as pd
 
     from theodolite.core.files import write_whole
     from theodolite.explanations.robust_counterfactuals import TRex, TRexNearest
+    from theodolite.survey.explanations.counterfactuals import one_hot_groups
 
     subject = flags.load()
     data = subject.data
@@ -58,17 +68,21 @@ def command(
     if len(chosen) == 0:
         raise DataError(f"the model answers {data.classes[target]} for every test row, so there is nothing to change")
     options: dict[str, Any] = {
-        "tau": tau, "names": data.features, "immutable": immutable, "increasing": increasing, "decreasing": decreasing,
-        "groups": [one.split(",") for one in group or ()], "seed": flags.seed, "memory": memory << 20,
+        "tau": tau, "names": data.features, "immutable": _features(data, immutable or ()), "increasing": increasing,
+        "decreasing": decreasing,
+        "groups": [one.split(",") for one in group] if group else one_hot_groups(data), "seed": flags.seed,
+        "memory": memory << 20,
     }  # fmt: skip
     method = (TRex if subject.is_network else TRexNearest)(**options)
     found = method.fit(subject.predictor, subject.flat("train")).generate(chosen, target)
     names = list(data.features) or [f"column {i}" for i in range(chosen.shape[1])]
+    shift, scale = np.array(data.scaling or [(0.0, 1.0)] * len(names)).T  # to the units of the file
     if out is not None:
-        write_whole(out, pd.DataFrame(found.counterfactuals, columns=names).to_csv(index=False))
+        told_back = (shift + scale * found.counterfactuals).astype(np.float32)  # the model's own precision
+        write_whole(out, pd.DataFrame(told_back, columns=names).to_csv(index=False))
     told = []
     for i in range(len(chosen)):
-        change = found.counterfactuals[i] - chosen[i]
+        change = scale * (found.counterfactuals[i] - chosen[i])
         moved = {names[c]: round(float(change[c]), 6) for c in range(len(names)) if found.valid[i] and change[c] != 0}
         told.append(
             {
@@ -90,3 +104,9 @@ def command(
         },
         as_json,
     )
+
+
+def _features(data: Any, columns: Iterable[str]) -> list[str]:
+    """Names of features: of a category of the file that of its first level, since one holds the whole group."""
+    firsts = {column.name: f"{column.name}={column.levels[0]}" for column in data.columns if column.kind == "category"}
+    return [name if name in data.features else firsts.get(name, name) for name in columns]

@@ -57,7 +57,8 @@ class Needs:
         if data.task == "classification" and len(data.classes) < self.classes:
             return f"needs at least {self.classes} classes; there are {len(data.classes)}"
         if min(len(rows) for rows in data.parts.values()) < self.rows:
-            return f"needs at least {self.rows} rows in each part of the data"
+            found = ", ".join(f"{part} {len(rows):,}" for part, rows in data.parts.items())
+            return f"needs at least {self.rows} rows in each part of the data; there are {found}"
         return self.test(subject) if self.test is not None else None
 
 

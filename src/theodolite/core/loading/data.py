@@ -16,12 +16,21 @@ from theodolite.core.errors import DataError, InputError, ModelError
 from theodolite.core.loading.arrays import Arrays, read_npz
 from theodolite.core.loading.columns import Encoding, Table, find_columns, fit_encoding
 from theodolite.core.loading.images import check_size, decode_images, find_images, resize
-from theodolite.core.loading.labels import Labels, check_given_test, find_target, numbers, read_labels, split
+from theodolite.core.loading.labels import (
+    Labels,
+    check_given_test,
+    class_name,
+    find_target,
+    numbers,
+    read_labels,
+    split,
+)
 from theodolite.core.loading.options import DataOptions, Wanted
-from theodolite.core.loading.series import table_series
+from theodolite.core.loading.series import row_series, table_series
 from theodolite.core.loading.tables import Source, read_table, sample_rows
 from theodolite.core.loading.texts import TermWeights, find_text
-from theodolite.core.subject import Dataset, Modality, Rows
+from theodolite.core.loading.ts_files import read_ts
+from theodolite.core.subject import Column, Dataset, Modality, Rows
 
 _TABLES = (".csv", ".tsv", ".tab", ".txt", ".parquet", ".jsonl", ".ndjson", ".json")
 _ENOUGH = 10
@@ -55,12 +64,14 @@ def load_data(path: str, options: DataOptions, wanted: Wanted) -> Loaded:
             raise DataError(f"{file} has test rows of its own, or rows of another shape than --test {test}")
         arrays = found[0] if test is None else _joined(found)
         return _array_data(file.name, arrays, options, wanted)
+    if suffix == ".ts":
+        return _ts_data(file, test, options, wanted)
     if suffix not in _TABLES:
         raise DataError(
-            f"{file}: the ending {file.suffix!r} is of no known form; expected .csv, .tsv, .parquet, .npz, .jsonl, a folder "
-            "of images by class or a saved datasets folder"
+            f"{file}: the ending {file.suffix!r} is of no known form; expected .csv, .tsv, .parquet, .npz, .ts, .jsonl, a "
+            "folder of images by class or a saved datasets folder"
         )
-    if options.series:
+    if options.series and (options.task or wanted.task) != "classification":
         every = replace(options, max_rows=sys.maxsize)  # a series has no row to spare
         return Loaded(table_series(file.name, read_table(file, every), options, wanted))
     sources = [read_table(part, options) for part in (file, test) if part is not None]
@@ -70,6 +81,8 @@ def load_data(path: str, options: DataOptions, wanted: Wanted) -> Loaded:
     given = np.repeat(np.arange(len(sources)) == 1, [len(source.frame) for source in sources])
     frame = pd.concat([source.frame for source in sources], ignore_index=True) if test else sources[0].frame
     notes = tuple(note for source in sources for note in source.notes)
+    if options.series:
+        return _series_data(file.name, row_series(file.name, Source(frame, notes), given, options), options, wanted)
     return _frame_data(file.name, Source(frame, notes), given, options, wanted)
 
 
@@ -151,8 +164,12 @@ def _frame_data(name: str, source: Source, given: np.ndarray, options: DataOptio
         raise DataError(f"{name} has several columns of one name; rename them")
     target = find_target(list(frame.columns), options)
     inputs = frame.drop(columns=target)
+    domains = None if options.domain is None else _domains(name, frame, target, options)
+    if domains is not None and not _takes(wanted, domains[0].name):
+        inputs = inputs.drop(columns=domains[0].name)
     text = find_text(inputs, options)
     if text is not None:
+        _no_domain(name, options)
         return _text_data(name, inputs[text], frame[target], given, source.notes, options, wanted)
     if wanted.embedding is not None:
         raise DataError(f"the model takes texts, but {name} has no column of free texts; name it with --text NAME")
@@ -163,9 +180,15 @@ def _frame_data(name: str, source: Source, given: np.ndarray, options: DataOptio
         why = ", ".join(f"{column!r}: {reason}" for column, reason in list(table.left_out.items())[:4])
         raise DataError(f"{name} has no column that a model can take ({why or 'only the label'}); texts: --text NAME")
     gaps = {column.name: np.isnan(table.values[:, i]) for i, column in enumerate(table.columns) if column.missing}
-    stay, settled = _settle(gaps, _no_value(frame[target]), options, fills=True)
+    if domains is not None and (nowhere := domains[1] < 0).any():
+        gaps[domains[0].name] = nowhere
+    nameless = _no_value(frame[target])
+    stay, settled = _settle(gaps, nameless, options, fills=True)
     _check_count(name, int(stay.sum()))
     labels = read_labels(frame[target][stay], options, wanted)
+    if gaps and options.missing == "drop":
+        nameless = nameless & ~np.any(list(gaps.values()), axis=0)
+    unlabelled = table.values[nameless]
     table = Table(table.columns, table.values[stay], table.left_out, table.notes)
     parts = _split(name, labels, given[stay], options, wanted)
     standardise = options.scale == "standard" or (options.scale is None and not wanted.trained)
@@ -185,10 +208,50 @@ def _frame_data(name: str, source: Source, given: np.ndarray, options: DataOptio
         wanted.columns if _ABSENT in picked else tuple(encoding.features[i] for i in picked), table.columns, notes,
         given[stay],
     )  # fmt: skip
+    if domains is not None:
+        column, of_row = domains[0], torch.from_numpy(domains[1][stay])
+        located = {part: replace(rows, domain=of_row[parts[part]]) for part, rows in data.parts.items()}
+        data = replace(data, domains=column, **located)
+    if len(unlabelled) and labels.task == "classification":
+        data = replace(data, unlabelled=torch.from_numpy(_take(encoding.encode(unlabelled), picked)))
     if standardise:
         scaling = tuple((0.0, 1.0) if i == _ABSENT else encoding.scaling[i] for i in picked)
         data = replace(data, scaling=scaling)
     return Loaded(data, encoding if picked == list(range(len(encoding.features))) else None)
+
+
+def _domains(name: str, frame: Any, target: str, options: DataOptions) -> tuple[Column, np.ndarray]:
+    """The column that names each row's domain, and the number (n,) of each row's level in it, -1 where there is none."""
+    column = str(options.domain)
+    if column not in frame.columns or column == target:
+        raise InputError(
+            f"--domain {column}: {'that is the label' if column == target else f'{name} has no such column'}; the others are "
+            f"{', '.join(other for other in list(frame.columns)[:20] if other != target)}"
+        )
+    cells = frame[column]
+    found, gone = numbers(cells), cells.isna().to_numpy()
+    named: Any = cells if found is None else pd.Series(found)
+    names = np.array(["" if empty else class_name(cell) for cell, empty in zip(named, gone, strict=True)], dtype=object)
+    if gone.any() and options.missing != "drop":
+        raise DataError(
+            f"{int(gone.sum()):,} of {len(gone):,} rows have no value in the --domain column {column!r}; --missing drop leaves "
+            "them out"
+        )
+    levels = np.unique(names[~gone]) if found is None else [class_name(value) for value in np.unique(found[~gone])]
+    place = {level: i for i, level in enumerate(levels)}
+    return Column(column, "category", int(gone.sum()), tuple(map(str, levels))), np.array(
+        [place.get(one, -1) for one in names], dtype=np.int64
+    )
+
+
+def _takes(wanted: Wanted, column: str) -> bool:
+    """Whether the model asks for the column, or for a level of it, by name."""
+    return any(asked == column or asked.startswith((f"{column}=", f"{column}_")) for asked in wanted.columns)
+
+
+def _no_domain(name: str, options: DataOptions) -> None:
+    if options.domain is not None:
+        raise InputError(f"--domain names a column of a table of numbers and categories; {name} holds no such table")
 
 
 def _take(features: np.ndarray, picked: Sequence[int]) -> np.ndarray:
@@ -251,6 +314,7 @@ def _text_data(
 
 
 def _image_folder(folder: Path, test: Path | None, options: DataOptions, wanted: Wanted) -> Loaded:
+    _no_domain(folder.name, options)
     found = find_images(folder)
     files, names, given = list(found.files), list(found.labels), found.test
     if test is not None:
@@ -271,6 +335,16 @@ def _image_folder(folder: Path, test: Path | None, options: DataOptions, wanted:
     whole = np.setdiff1d(np.arange(len(kept)), broken)
     labels = np.array([names[i] for i in kept], dtype=object)[whole]
     return _array_data(folder.name, Arrays(pixels[whole], labels, given[kept][whole], notes), options, wanted)
+
+
+def _ts_data(file: Path, test: Path | None, options: DataOptions, wanted: Wanted) -> Loaded:
+    found = [read_ts(part, options) for part in (file, test) if part is not None]
+    arrays, task = found[0]
+    if test is not None:
+        if task != found[1][1] or arrays.x.shape[1:] != found[1][0].x.shape[1:]:
+            raise DataError(f"{test} holds series of another shape or kind of label than {file}")
+        arrays = _joined([part for part, _ in found])
+    return _series_data(file.name, arrays, replace(options, series=True, task=options.task or task), wanted)
 
 
 def _series_data(name: str, arrays: Arrays, options: DataOptions, wanted: Wanted) -> Loaded:
@@ -315,6 +389,7 @@ def _array_data(name: str, arrays: Arrays, options: DataOptions, wanted: Wanted)
         frame["target"] = _strings(arrays.y)
         settled = replace(options, target="target")
         return _frame_data(name, Source(frame, arrays.notes), arrays.test, settled, wanted)
+    _no_domain(name, options)
     if wanted.embedding is not None or wanted.columns:
         raise ModelError(f"{name} holds images, but the model takes {'texts' if wanted.embedding else 'named columns'}")
     _check_count(name, len(x))

@@ -18,11 +18,13 @@ class DataOptions:
 
     target: name of the label column. task: "classification" or "regression". test: a second file with the test rows.
     missing: "error", "drop" (leave out rows with a missing value), "median" (fill in the median, or the commonest
-    level, of the training rows) or, of a series, "last" (the value before goes on). scale: "none" or "standard"; not given,
-    columns are standardised for a network that is trained here and left alone for a model that comes trained. text: name of
-    the text column. header: whether the first line of a CSV holds names. max_rows: rows kept of larger data, drawn
-    uniformly. image_size: side in pixels. series: the rows of a table are times in their order, the rows of an array are
-    series. window: steps of a table's windows (96).
+    level, of the training rows) or, of a series, "last" (the value before goes on). scale: "none" or "standard"; not
+    given, columns are standardised for a network that is trained here and left alone for a model that comes trained.
+    text: name of the text column. header: whether the first line of a CSV holds names. max_rows: rows kept of larger
+    data, drawn uniformly. image_size: side in pixels. series: the rows of a table are times in their order, the rows
+    of an array (and, for classification, of a table) are series. window: steps of a table's windows (96). domain:
+    name of the column that names each row's site (a hospital, a shop, a week); it is no input of the model, unless a
+    model that comes trained asks for it.
     """
 
     target: str | None = None
@@ -36,6 +38,7 @@ class DataOptions:
     image_size: int | None = None
     series: bool = False
     window: int | None = None
+    domain: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -49,6 +52,10 @@ class DataOptions:
                 raise InputError(f"--{name} is one of {', '.join(values)}; got {getattr(self, name)!r}")
         if self.missing == "last" and not self.series:
             raise InputError("--missing last carries the value before on, which only the times of a --series have")
+        if self.domain is not None and self.series:
+            raise InputError(
+                "--domain names a column of a table's rows; with --series the rows are times or whole series"
+            )
         if self.max_rows < 10:
             raise InputError(f"--max-rows must be at least 10, got {self.max_rows}")
         if self.image_size is not None and not 4 <= self.image_size <= 2048:

@@ -1,6 +1,6 @@
-"""A table in time order as a series: cut into windows, each with the value that comes next."""
+"""A table as series: in time order, cut into windows, each with the value that comes next; or one labelled series a row."""
 
-__all__ = ["table_series"]
+__all__ = ["row_series", "table_series"]
 
 from dataclasses import replace
 from itertools import pairwise
@@ -12,9 +12,10 @@ import torch
 from pandas.api import types
 
 from theodolite.core.errors import DataError, InputError
+from theodolite.core.loading.arrays import Arrays
 from theodolite.core.loading.columns import Table, find_columns, fit_encoding
 from theodolite.core.loading.images import check_size
-from theodolite.core.loading.labels import find_target
+from theodolite.core.loading.labels import find_target, numbers
 from theodolite.core.loading.options import DataOptions, Wanted
 from theodolite.core.loading.tables import Source
 from theodolite.core.splits import time_blocks
@@ -32,10 +33,6 @@ def table_series(name: str, source: Source, options: DataOptions, wanted: Wanted
     """
     if options.test is not None:
         raise InputError("--test cannot be given with --series: the last fifth of the times are the test rows")
-    if options.task == "classification":
-        raise InputError(
-            "--series with a table forecasts a number; for series with classes give an .npz file of x and y"
-        )
     frame: Any = source.frame.set_axis([str(column) for column in source.frame.columns], axis=1)
     if not frame.columns.is_unique:
         raise DataError(f"{name} has several columns of one name; rename them")
@@ -68,6 +65,27 @@ def table_series(name: str, source: Source, options: DataOptions, wanted: Wanted
     return replace(
         data, notes=(*notes, f"answering with the last value has an R2 of {data.chance:.3f} on the test times")
     )
+
+
+def row_series(name: str, source: Source, given: np.ndarray, options: DataOptions) -> Arrays:
+    """Series of a table that holds one a row: all columns but the target, in their order, are its steps.
+
+    given: (n,) whether a row is a test row. Raises DataError for a column that is not of numbers.
+    """
+    frame: Any = source.frame.set_axis([str(column) for column in source.frame.columns], axis=1)
+    if not frame.columns.is_unique:
+        raise DataError(f"{name} has several columns of one name; rename them")
+    target = find_target(list(frame.columns), options)
+    steps = [column for column in frame.columns if column != target]
+    found = {column: numbers(frame[column]) for column in steps}
+    texts = [column for column, values in found.items() if values is None]
+    if texts or not steps:
+        raise DataError(
+            f"{name}: with --series and classes each row is one series and its columns are the steps, so they must hold numbers; "
+            + (f"{', '.join(map(repr, texts[:5]))} do not" if texts else f"there is only {target!r}")
+        )
+    x = np.stack([values for values in found.values() if values is not None], axis=1)
+    return Arrays(x, frame[target].to_numpy(dtype=object), given, source.notes)
 
 
 def _in_order(name: str, frame: pd.DataFrame) -> str | None:

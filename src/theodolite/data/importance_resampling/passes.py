@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,13 @@ from typing import Any, Literal
 import numpy as np
 
 from theodolite.core.errors import DataError
-from theodolite.core.files import read_json, write_bytes, write_json
+from theodolite.core.files import disk_errors, read_json, write_bytes, write_json
 from theodolite.core.ngrams import Grams, HashedNgrams, text_blocks
 from theodolite.data.importance_resampling.keys import Draw, Weights
 from theodolite.data.shards import FileShard, MemoryShard
 
 Shard = FileShard | MemoryShard
+_OWN = threading.local()
 ALSO_TARGET, UNREADABLE = -1, -2
 LEFT_OUT = {ALSO_TARGET: "also in the target", UNREADABLE: "cannot be read"}
 
@@ -67,6 +69,14 @@ def digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
+def _own(featurizer: HashedNgrams) -> HashedNgrams:
+    """This worker's copy, which remembers from shard to shard and from pass to pass the n-grams that it has hashed."""
+    kept: HashedNgrams | None = getattr(_OWN, "featurizer", None)
+    if kept is None or (kept.fingerprint, kept.cache_size) != (featurizer.fingerprint, featurizer.cache_size):
+        kept = _OWN.featurizer = copy.copy(featurizer)
+    return kept
+
+
 def stem(number: int, shard: Shard, *settings: Any) -> str:
     """The beginning of the names of a shard's files: its number, and what its numbers depend on."""
     digest = hashlib.sha256(shard.identity.encode("utf-8", "surrogatepass"))
@@ -87,7 +97,7 @@ def count_shard(
     """
     if path is not None and path.exists():
         return _read_counts(path)
-    found = _count(shard.texts(), copy.copy(featurizer), most, named, digested)
+    found = _count(shard.texts(), _own(featurizer), most, named, digested)
     if path is not None:
         _write_counts(path, found)
     return found
@@ -95,7 +105,7 @@ def count_shard(
 
 def count_rows(shard: Shard, rows: np.ndarray, featurizer: HashedNgrams, named: bool) -> Counted:
     """Counts of some rows of a shard, numbered within it."""
-    return _count(shard.texts(rows), copy.copy(featurizer), None, named, False)
+    return _count(shard.texts(rows), _own(featurizer), None, named, False)
 
 
 def _count(
@@ -150,13 +160,14 @@ def weigh_shard(
     """Write the log weights (n, targets) and the words (n,) of a shard into ``folder``; the number of its documents.
 
     Where the manifest is there the shard was done before, and nothing is read. Raises DataError for a weight that is not
-    finite, naming the document.
+    finite, naming the document, and DiskError where the disk is full.
     """
     manifest = folder / f"manifest-{name}.json"
     if manifest.exists():
         return int(read_json(manifest)["rows"])
-    featurizer = copy.copy(featurizer)
+    featurizer = _own(featurizer)
     with (
+        disk_errors(folder),
         _GrowingArray(folder / f"weights-{name}.npy", np.float64, log_ratio.shape[1]) as weights,
         _GrowingArray(folder / f"words-{name}.npy", np.int32) as words,
     ):
@@ -211,14 +222,15 @@ class _GrowingArray:
         self.rows += len(rows)
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:
-            self._file.seek(0)
-            self._header()  # as long as before: numpy leaves room for the number of rows to grow
-        self._file.close()
-        if kind is None:
-            os.replace(self._unfinished, self._path)
-        else:
-            self._unfinished.unlink()
+        try:
+            with self._file:  # closing writes what is left, for which the disk may be too full
+                if kind is None:
+                    self._file.seek(0)
+                    self._header()  # as long as before: numpy leaves room for the number of rows to grow
+            if kind is None:
+                os.replace(self._unfinished, self._path)
+        finally:
+            self._unfinished.unlink(missing_ok=True)
 
     def _header(self) -> None:
         shape = (self.rows,) if self._width is None else (self.rows, self._width)

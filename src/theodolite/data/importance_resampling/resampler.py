@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from jaxtyping import Float, Int
 from theodolite.core.errors import DataError, InputError
 from theodolite.core.files import make_folder, write_bytes
 from theodolite.core.ngrams import HashedNgrams
+from theodolite.core.parallel import open_pool, spread
 from theodolite.data.importance_resampling.keys import (
     Cut,
     Draw,
@@ -128,6 +130,7 @@ class ImportanceResampler:
     shares, else by the targets' n-grams. normalize: "per_token" divides log weights by the number of words. temperature:
     divides log weights before sampling. executor: as `theodolite.core.parallel.spread` takes it. folder: where weights are
     kept, so that a stopped run is continued (on a cluster one that all machines share); else a temporary one.
+    on_shard(pass, done, of): called after each shard of a pass over documents (progress).
 
     Documents of the raw corpus that are also in the target are not selected. For one seed the selection is the same for every
     executor and every size of shards.
@@ -152,9 +155,10 @@ class ImportanceResampler:
     executor: Executor | int | None = None
     seed: int = 0
     folder: str | Path | None = None
+    on_shard: Callable[[str, int, int], None] | None = None
 
     def __post_init__(self) -> None:
-        if self.smoothing < 0 or self.eps < 0 or self.min_words < 0:
+        if not (self.smoothing >= 0 and self.eps >= 0 and self.min_words >= 0):
             raise InputError(
                 f"smoothing, eps and min_words must not be negative; got {self.smoothing}, {self.eps}, {self.min_words}"
             )
@@ -181,9 +185,9 @@ class ImportanceResampler:
         """
         corpora = [Corpus.of(one) for one in target] if self.separate_targets else [Corpus.of(target)]
         of_raw = Corpus.of(raw)
-        with self._pool() as pool:
-            counted = [self._count(corpus, None, pool, digested=True) for corpus in corpora]
-            whole = self._count(of_raw, self._most(len(of_raw.shards)), pool, kept=True)
+        with open_pool(self.executor) as pool:
+            counted = [self._count(corpus, None, pool, "reading the target", digested=True) for corpus in corpora]
+            whole = self._count(of_raw, self._most(len(of_raw.shards)), pool, "counting n-grams", kept=True)
         for name, found in [("the raw corpus", whole), *((f"target {i}", one) for i, one in enumerate(counted))]:
             if found.counts.sum() == 0:
                 raise DataError(f"{name} has no n-grams: {found.documents} documents, all of them empty")
@@ -213,7 +217,14 @@ class ImportanceResampler:
         return most // max(1, shards)
 
     def _count(
-        self, corpus: Corpus, most: int | None, pool: Executor | None, *, kept: bool = False, digested: bool = False
+        self,
+        corpus: Corpus,
+        most: int | None,
+        pool: Executor | None,
+        what: str,
+        *,
+        kept: bool = False,
+        digested: bool = False,
     ) -> Counted:
         shards = corpus.shards
         every = -(-len(shards) // _NAMED) if shards else 1
@@ -221,7 +232,11 @@ class ImportanceResampler:
             (shard, self.featurizer, most, kept and i % every == 0, digested, self._path(kept, i, shard, most))
             for i, shard in enumerate(shards)
         ]
-        return _summed(count_shard, tasks, pool, Counted.none(self.featurizer.buckets))
+        return _summed(count_shard, tasks, pool, Counted.none(self.featurizer.buckets), self._told(what))
+
+    def _told(self, what: str) -> Callable[[int, int], None] | None:
+        """What is called after each shard of the pass ``what``."""
+        return None if self.on_shard is None else partial(self.on_shard, what)
 
     def _path(self, kept: bool, number: int, shard: Shard, most: int | None) -> Path | None:
         if self.folder is None or not kept:
@@ -268,8 +283,8 @@ class ImportanceResampler:
             (shard, self.featurizer, ratio, self.normalize, self._digests, folder, name)
             for shard, name in zip(corpus.shards, names, strict=True)
         ]
-        with self._pool() as pool:
-            rows = _spread(weigh_shard, tasks, pool)
+        with open_pool(self.executor) as pool:
+            rows = spread(weigh_shard, tasks, executor=pool, on_result=self._told("weighing documents"))
         starts = np.cumsum([0, *rows]).tolist()
         parts = [
             Weights(folder / f"weights-{name}.npy", folder / f"words-{name}.npy", start, n)
@@ -307,7 +322,7 @@ class ImportanceResampler:
         parts = self._weigh(corpus)
         wanted = [int(k * share) for share in self.proportions_]
         wanted[-1] += int(k) - sum(wanted)
-        with self._pool() as pool:
+        with open_pool(self.executor) as pool:
             told = _summed(moments, [(group, draw, len(wanted)) for group in _groups(parts)], pool)
             if k > told.n:
                 reasons = ", ".join(f"{count:,} {reason}" for reason, count in told.left_out.items())
@@ -315,7 +330,7 @@ class ImportanceResampler:
                     f"{k:,} documents are asked for and {told.n:,} may be taken; left out: {reasons}"
                 )
             cuts = _find_cuts(parts, draw, wanted, pool)
-            of_part = _spread(taken, [(part, draw, cuts) for part in parts], pool)
+            of_part = spread(taken, [(part, draw, cuts) for part in parts], executor=pool)
             rows = np.concatenate([one for one, _ in of_part]) if of_part else np.empty(0, np.int64)
             targets = np.concatenate([one for _, one in of_part]) if of_part else np.empty(0, np.int64)
             overlap = None
@@ -324,7 +339,7 @@ class ImportanceResampler:
             elif k:
                 plain = Draw("top_k", self.seed, self.temperature, self.min_words)
                 top_cuts = _find_cuts(parts, plain, wanted, pool)
-                top = _spread(taken, [(part, plain, top_cuts) for part in parts], pool)
+                top = spread(taken, [(part, plain, top_cuts) for part in parts], executor=pool)
                 both = [np.isin(a, b, assume_unique=True).sum() for (a, _), (b, _) in zip(of_part, top, strict=True)]
                 overlap = float(sum(both) / k)
             chosen = self._count_selected(corpus, parts, rows, pool) if k else None
@@ -351,7 +366,8 @@ class ImportanceResampler:
             for i, (shard, own) in enumerate(zip(corpus.shards, _rows_of(parts, rows), strict=True))
             if len(own)
         ]
-        return _summed(count_rows, tasks, pool, Counted.none(self.featurizer.buckets))
+        none = Counted.none(self.featurizer.buckets)
+        return _summed(count_rows, tasks, pool, none, self._told("reading what was selected"))
 
     # ---- pass 4
 
@@ -382,8 +398,8 @@ class ImportanceResampler:
             (shard, rows, folder, name, one)
             for shard, rows, name, one in zip(corpus.shards, own, names, of_shard, strict=True)
         ]
-        with self._pool() as pool:
-            _spread(write_part, tasks, pool)
+        with open_pool(self.executor) as pool:
+            spread(write_part, tasks, executor=pool, on_result=self._told("writing"))
         if form is None:
             return [f"{out}/{name}" for name in names]
         join_parts(folder, names, out, form)
@@ -427,29 +443,22 @@ class ImportanceResampler:
         self._digests, self._given, self._raw, self._parts = arrays["digests"], None, None, None
         return self
 
-    def _pool(self) -> Any:
-        # torch comes with it, and workers that count and weigh do not need torch
-        from theodolite.core.parallel import open_pool
-
-        return open_pool(self.executor)
-
 
 # ---- helpers
 
 
-def _spread(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], pool: Executor | None) -> list[Any]:
-    from theodolite.core.parallel import spread
-
-    return spread(function, tasks, executor=pool)
-
-
 def _summed(
-    function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], pool: Executor | None, start: Any = None
+    function: Callable[..., Any],
+    tasks: Sequence[tuple[Any, ...]],
+    pool: Executor | None,
+    start: Any = None,
+    told: Callable[[int, int], None] | None = None,
 ) -> Any:
     """The sum of what the tasks give; few of their results are in memory at once."""
     total = start
     for first in range(0, len(tasks), _AT_ONCE):
-        for found in _spread(function, tasks[first : first + _AT_ONCE], pool):
+        here = None if told is None else lambda done, _, told=told, first=first: told(first + done, len(tasks))
+        for found in spread(function, tasks[first : first + _AT_ONCE], executor=pool, on_result=here):
             total = found if total is None else total + found
     return total
 
@@ -467,7 +476,7 @@ def _find_cuts(parts: list[Weights], draw: Draw, wanted: Sequence[int], pool: Ex
         return _summed(histogram, [(group, draw, cuts, prefix, known) for group in groups], pool)
 
     def equal(key: int, most: int) -> np.ndarray:
-        found = _spread(ties, [(part, draw, cuts, key, most) for part in parts], pool)
+        found = spread(ties, [(part, draw, cuts, key, most) for part in parts], executor=pool)
         return np.concatenate(found)[:most]
 
     for k in wanted:

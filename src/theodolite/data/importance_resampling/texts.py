@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from theodolite.core.errors import InputError
-from theodolite.core.ngrams import tokenize_with
+from theodolite.core.ngrams import check_texts, tokenize_with
 
 _WORDS = """
 a about above after again against ain all am an and any are aren as at be because been before being below between both but by can
@@ -32,6 +32,7 @@ def chunk_words(texts: Iterable[str], words: int = 128) -> list[str]:
     """
     if words < 1:
         raise InputError(f"a chunk must have at least one word, got {words}")
+    check_texts(texts)
     split = (text.split() for text in texts)
     return [" ".join(found[i : i + words]) for found in split for i in range(0, len(found), words)]
 
@@ -49,6 +50,7 @@ def quality_mask(
     >>> quality_mask(["too short", "word " * 100]).tolist()
     [False, False]
     """
+    check_texts(texts)
     tokens = tokenize_with(tokenizer)
     return np.array([_passes(tokens(text.lower())) for text in texts], dtype=bool)
 

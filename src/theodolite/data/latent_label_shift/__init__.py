@@ -21,6 +21,7 @@ DDFA). Out-of-fold scores, several starts, domains of unequal size, the test and
 
 __all__ = [
     "ClassCount",
+    "DomainsAlikeError",
     "Factorization",
     "LatentLabelShift",
     "Matching",
@@ -46,5 +47,10 @@ from theodolite.data.latent_label_shift.checks import ClassCount, ShiftTest, cou
 from theodolite.data.latent_label_shift.estimator import LatentLabelShift
 from theodolite.data.latent_label_shift.factors import Factorization, factorize_shares
 from theodolite.data.latent_label_shift.posterior import class_posterior, domain_posterior
-from theodolite.data.latent_label_shift.shares import NotIdentifiableError, cluster_shares, share_error
+from theodolite.data.latent_label_shift.shares import (
+    DomainsAlikeError,
+    NotIdentifiableError,
+    cluster_shares,
+    share_error,
+)
 from theodolite.data.latent_label_shift.simulate import Simulation, simulate_label_shift

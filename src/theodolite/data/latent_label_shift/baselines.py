@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA, FastICA
 
-from theodolite.core.errors import InputError
+from theodolite.core.errors import DataError, InputError
 from theodolite.data.latent_label_shift.factors import factorize_shares
 from theodolite.data.latent_label_shift.shares import cluster_shares
 
@@ -37,6 +37,8 @@ def kmeans_labels(
     if not 1 <= k <= len(X):
         raise InputError(f"k must lie between 1 and the number of rows, {len(X)}, got {k}")
     Z = np.asarray(X, dtype=np.float64)
+    if not np.isfinite(Z).all():
+        raise DataError("X holds NaN or infinite values; fill them in or leave these rows out")
     if features != "raw":
         pca = PCA(_VARIANCE if n_features is None else n_features, random_state=seed, svd_solver="full").fit(Z)
         Z = pca.transform(Z)

@@ -31,7 +31,7 @@ from theodolite.data.latent_label_shift.posterior import (
     nonnegative_least_squares,
     reweighted,
 )
-from theodolite.data.latent_label_shift.shares import NotIdentifiableError, cluster_shares
+from theodolite.data.latent_label_shift.shares import DomainsAlikeError, NotIdentifiableError, cluster_shares
 
 _FEWEST = 10
 _WORST_CONDITION = 50.0
@@ -95,6 +95,7 @@ class LatentLabelShift(BaseEstimator):
         """Find the classes of rows X (n, p) from domains (n,), any names."""
         rows = self._rows(X, reset=True)
         names, column, sizes = self._checked_domains(domains, len(rows))
+        self._check_numbers()
         m = 3 * self.n_classes if self.n_clusters is None else self.n_clusters
         self._check_sizes(m, len(rows), names, sizes)
         self._score_out_of_fold(rows, column, len(names))
@@ -191,6 +192,12 @@ class LatentLabelShift(BaseEstimator):
         names, column, sizes = np.unique(_as_names(domains, n), return_inverse=True, return_counts=True)
         return names, column, sizes
 
+    def _check_numbers(self) -> None:
+        given = {"n_classes": self.n_classes, "n_clusters": self.n_clusters, "n_init": self.n_init, "cv": self.cv}
+        for name, value in given.items():
+            if not (isinstance(value, (int, np.integer)) or (value is None and name == "n_clusters")):
+                raise InputError(f"{name} must be a whole number, got {value!r}")
+
     def _check_sizes(self, m: int, n: int, names: np.ndarray, sizes: np.ndarray) -> None:
         k, r = self.n_classes, len(names)
         if k < 1 or self.cv < 2:
@@ -251,7 +258,7 @@ class LatentLabelShift(BaseEstimator):
         right = int((self.out_of_fold_.argmax(axis=1) == column).sum())
         numbers = f"log loss {self.log_loss_:.3f}, of the domains' shares alone {self.prior_log_loss_:.3f}"
         if binomial_interval(right, len(column))[0] <= p.max():
-            raise DataError(
+            raise DomainsAlikeError(
                 f"domains look identical to the domain classifier ({numbers}; it is right for {right / len(column):.1%} of the "
                 f"rows, the largest domain has {p.max():.1%}): nothing to learn. Give more rows, other columns or another "
                 "domain_classifier"

@@ -1,6 +1,6 @@
 """Tables of shares: what part of each domain lies in each cluster, and how far two tables of class shares are apart."""
 
-__all__ = ["NotIdentifiableError", "check_shares", "cluster_shares", "share_error"]
+__all__ = ["DomainsAlikeError", "NotIdentifiableError", "check_shares", "cluster_shares", "share_error"]
 
 import numpy as np
 from jaxtyping import Float
@@ -13,6 +13,10 @@ _SLACK = 1e-6
 
 class NotIdentifiableError(DataError):
     """So many classes cannot be told apart with these domains; the text says how many can."""
+
+
+class DomainsAlikeError(DataError):
+    """The domain classifier cannot tell the domains apart, so nothing about classes can be learnt from them."""
 
 
 def check_shares(table: np.ndarray, name: str) -> Float[np.ndarray, "row domain"]:

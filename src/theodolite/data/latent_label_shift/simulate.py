@@ -44,6 +44,8 @@ def simulate_label_shift(
     (True, True)
     """
     y = np.asarray(y)
+    if y.dtype.kind in "fO" and any(label is None or label != label for label in y.ravel().tolist()):
+        raise DataError("some rows have no label (NaN or None); leave them out")
     classes, label, available = np.unique(y, return_inverse=True, return_counts=True)
     k = len(classes)
     if y.ndim != 1 or k < 2:

@@ -57,7 +57,7 @@ def estimate_n_clusters(
         raise InputError(f"need runs >= 1 and max_samples >= 3, got {runs} and {max_samples}")
     z, _ = check_rows(Z)
     wanted = sorted(set(k_range))
-    if not wanted or wanted[0] < 2:
+    if not wanted or any(not isinstance(k, (int, np.integer)) or k < 2 for k in wanted):
         raise InputError(f"k_range must hold whole numbers of at least 2, got {wanted[:5]}")
     rng = np.random.default_rng(seed)
     sample = np.sort(rng.permutation(len(z))[:max_samples])

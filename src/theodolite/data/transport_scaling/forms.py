@@ -40,6 +40,8 @@ def project(score_0: Any, score_1: Any, n_0: float, n_1: float, n: Any, response
     if response not in ("log_error", "score"):
         raise InputError(f"the response is 'log_error' or 'score', got {response!r}")
     first, second = np.asarray(score_0, dtype=np.float64), np.asarray(score_1, dtype=np.float64)
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise InputError("scores to project from must be finite")
     up, down = projection_weights(n_0, n_1, sizes)
     if response == "score":
         return np.asarray(up * second + down * first)

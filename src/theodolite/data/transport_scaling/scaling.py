@@ -31,7 +31,13 @@ from theodolite.data.transport_scaling.forms import (
 from theodolite.data.transport_scaling.mixes import as_mixes, design, nearest_allowed
 from theodolite.data.transport_scaling.selection import Baseline, MixSelection, baseline_mixes, climb
 from theodolite.data.transport_scaling.tables import PilotTable, Pool, Source, make_table, regresses
-from theodolite.data.transport_scaling.transport import distances, exact_seconds, label_distances, warn_of_seconds
+from theodolite.data.transport_scaling.transport import (
+    check_labels,
+    distances,
+    exact_seconds,
+    label_distances,
+    warn_of_seconds,
+)
 
 _TARGET_ROWS = 400
 _FEWEST = 10
@@ -242,6 +248,8 @@ class TransportScaling(BaseEstimator):
             raise InputError(
                 f"need at least two validation rows and a label for each, got {X_val.shape} and {y_val.shape}"
             )
+        for one in labels:
+            check_labels(one, y_val)
         X, y = np.concatenate(parts), np.concatenate(labels)
         for name, rows in (("the sources", X), ("the validation rows", X_val)):
             if np.issubdtype(rows.dtype, np.number) and not np.isfinite(rows).all():
@@ -280,7 +288,12 @@ class TransportScaling(BaseEstimator):
                 raise InputError(
                     f"rows of shape {X.shape[1:]} need embed, a function that makes features (n, p) of them"
                 )
-            a, b = X.astype(np.float64), X_val.astype(np.float64)
+            try:
+                a, b = X.astype(np.float64), X_val.astype(np.float64)
+            except (TypeError, ValueError) as error:
+                raise DataError(
+                    f"rows that hold more than numbers need embed, a function that makes features (n, p) of them: {error}"
+                ) from error
             scale = b.std(axis=0)
             scale[scale == 0] = 1.0
             a, b = (a - b.mean(axis=0)) / scale, (b - b.mean(axis=0)) / scale

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int
 from scipy.spatial.distance import cdist
 from scipy.special import logsumexp
@@ -84,7 +85,9 @@ def dataset_transport(
     if solver not in ("auto", "exact", "sinkhorn"):
         raise InputError(f"the solver is 'auto', 'exact' or 'sinkhorn', got {solver!r}")
     mass = as_mass(weights, len(X))
-    if lambda_y == 0:
+    if lambda_y > 0:
+        check_labels(labels, labels_val)
+    else:
         labels, labels_val = np.zeros(len(X)), np.zeros(len(X_val))
     spaces = _LabelTables(X, labels, X_val, labels_val, label_distance, label_reference, power, lambda_y > 0)
     cells = len(X) * len(X_val)
@@ -253,6 +256,17 @@ def _check_pair(X: np.ndarray, y: np.ndarray, X2: np.ndarray, y2: np.ndarray) ->
         raise InputError(f"both sets need the same features, got {X.shape[1]} and {X2.shape[1]} columns")
     if y.shape != (len(X),) or y2.shape != (len(X2),):
         raise InputError(f"need one label a row, got {y.shape} for {len(X)} rows and {y2.shape} for {len(X2)} rows")
+
+
+def check_labels(y: np.ndarray, y2: np.ndarray) -> None:
+    """Raise where labels are missing, or are texts in one set and numbers in the other, so that none could be equal."""
+    missing = int(pd.isna(y).sum() + pd.isna(y2).sum())
+    if missing:
+        raise DataError(f"{missing} rows have no label (NaN or None); fill them in or leave the rows out")
+    if len({one.dtype.kind in "US" for one in (y, y2) if one.dtype.kind != "O"}) == 2:
+        raise InputError(
+            f"labels are texts in one set and numbers in the other ({y.dtype} and {y2.dtype}); write them alike"
+        )
 
 
 def _thinned(rows: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 __all__ = ["COMBINE", "ConstantMapWarning", "grad_cam", "path_attributions", "path_map"]
 
 import warnings
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +12,7 @@ from torch.nn import functional
 
 from theodolite.core.errors import InputError
 from theodolite.core.memory import chunks
+from theodolite.core.view import model_input
 from theodolite.explanations.baseline_bandit.baselines import scaled
 from theodolite.explanations.baseline_bandit.split import SplitModel
 
@@ -101,9 +103,9 @@ def raw_maps(split: SplitModel, attributions: Tensor, size: tuple[int, ...] | No
 
 def path_map(
     split: SplitModel,
-    x: Float[Tensor, "row ..."],
+    x: Any,
     target: Int[Tensor, " row"] | int,
-    baseline: Float[Tensor, "..."],
+    baseline: Any,
     n_steps: int = 10,
     combine: str = "relu-product",
     size: tuple[int, int] | None = None,
@@ -121,8 +123,11 @@ def path_map(
     >>> path_map(split, torch.rand(5, 1, 6, 6), 0, torch.zeros(2, 4, 4)).shape
     torch.Size([5, 6, 6])
     """
+    x = model_input(split.model, x)
     a = split.lower_all(x, memory=memory)
-    found = path_attributions(split, a, target, baseline, n_steps, combine, output=output, memory=memory)
+    found = path_attributions(
+        split, a, target, torch.as_tensor(baseline), n_steps, combine, output=output, memory=memory
+    )
     if not bool(torch.isfinite(found).all()):
         raise InputError(
             f"the gradient at {split.layer!r} is NaN or infinite; check the input and the network's weights"

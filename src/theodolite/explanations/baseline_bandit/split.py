@@ -94,6 +94,7 @@ class SplitModel:
         self._surroundings: Tensor | None = None
         self._one_row = True
         self._bytes: float | None = None
+        self._lower_bytes: float | None = None
 
     def lower(self, x: Float[Tensor, "row ..."]) -> Float[Tensor, "row ..."]:
         """a = f_low(x), without gradients."""
@@ -151,7 +152,7 @@ class SplitModel:
         noise = torch.randn(x[:1].shape, generator=torch.Generator().manual_seed(0)).to(x)
         deviation = x.std(correction=0)
         self._surroundings = x.mean() + (deviation if float(deviation) > 0 else 1.0) * noise
-        self._bytes = None
+        self._bytes = self._lower_bytes = None
         pair = torch.cat([x[:1], self._surroundings])
         a = self._lower(pair)
         with torch.no_grad(), evaluation_mode(self.model):
@@ -189,9 +190,10 @@ class SplitModel:
         if len(x) == 1:
             return self.lower(x)
         self.lower(x[:1])
-        with evaluation_mode(self.model):
-            cost = bytes_per_row(self.model, x[:1], gradients=False)
-        return torch.cat([self._lower(x[rows]) for rows in chunks(len(x), cost, memory)])
+        if self._lower_bytes is None:
+            with evaluation_mode(self.model):
+                self._lower_bytes = bytes_per_row(self.model, x[:1], gradients=False)
+        return torch.cat([self._lower(x[rows]) for rows in chunks(len(x), self._lower_bytes, memory)])
 
 
 def _trace(model: nn.Module, x: Tensor) -> list[tuple[str, nn.Module, tuple[int, ...]]]:

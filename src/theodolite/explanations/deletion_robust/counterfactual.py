@@ -15,10 +15,10 @@ from torch import nn
 
 from theodolite.core.errors import DataError, InputError, ModelError
 from theodolite.core.influence import ExactRetrainer, LogisticInfluence, logistic_table
-from theodolite.explanations.deletion_robust.linear import linear_model, rows_to_delete, worst_rows
+from theodolite.explanations.deletion_robust.linear import linear_model, rows_to_delete, summed, worst_rows
 from theodolite.explanations.deletion_robust.networks import LocalSurrogate, NetworkScore, search
 from theodolite.explanations.deletion_robust.solver import CutResult, Feasible, cut
-from theodolite.explanations.table_schema import TableSchema
+from theodolite.explanations.table_schema import TableSchema, plain_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +143,7 @@ class DeletionRobustCounterfactual(BaseEstimator):
             )
         if self.max_planes < 1 or not self.damping > 0 or not np.isfinite(self.threshold):
             raise InputError("need max_planes >= 1, damping > 0 and a finite threshold")
-        table, labels = logistic_table(np.asarray(X), np.asarray(y))
+        table, labels = logistic_table(plain_rows(X), np.asarray(y))
         self.X_, self.y_ = table[:, :-1], labels
         self.n_features_in_ = self.X_.shape[1]
         self.k_ = rows_to_delete(self.k, labels)
@@ -207,7 +207,7 @@ class DeletionRobustCounterfactual(BaseEstimator):
 
         def worst(points: np.ndarray, _: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
             rows = worst_rows(directions, points, k)
-            weights = w + directions[rows].sum(axis=1)
+            weights = w + summed(directions, rows)
             return np.einsum("ij,ij->i", points, weights[:, :-1]) + weights[:, -1], weights, list(rows)
 
         options: dict[str, Any] = {"norm": self.norm, "max_planes": self.max_planes}

@@ -24,6 +24,7 @@ from theodolite.core.errors import DataError, InputError, ModelError
 from theodolite.core.influence import ExactRetrainer, LogisticInfluence, logistic_gradient
 from theodolite.core.memory import chunks
 from theodolite.explanations.model_changes import robust_validity
+from theodolite.explanations.table_schema import plain_rows
 
 _GRADIENT = 1e-4
 
@@ -73,6 +74,8 @@ class LinearModel:
 def linear_model(model: Any, x: np.ndarray, y: np.ndarray, C: float) -> LinearModel:
     """The weights and C of ``model`` (None: trained here), with a warning where it is not trained to its minimum."""
     d = x.shape[1]
+    if not C > 0:
+        raise InputError(f"C must be above 0 (infinity for no ridge), got {C}")
     if model is None:
         return LinearModel(ExactRetrainer(x, y, C).weights, C)
     if isinstance(model, LogisticRegression):
@@ -137,6 +140,14 @@ def smallest(values: np.ndarray, k: int) -> np.ndarray:
     return np.take_along_axis(part, order, axis=1)
 
 
+def summed(directions: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """What the deletion of each point's rows (m, k) adds to the weights (m, q), in chunks: the gathered rows are m x k x q."""
+    out = np.zeros((len(rows), directions.shape[1]))
+    for part in chunks(len(rows), 8.0 * max(1, rows.shape[1]) * directions.shape[1]):
+        out[part] = directions[rows[part]].sum(axis=1)
+    return out
+
+
 def worst_rows(directions: np.ndarray, points: np.ndarray, k: int, *, memory: int | None = None) -> np.ndarray:
     """The k rows (m, k) whose deletion lowers the score of each point (m, d) most, under additive directions (n, d + 1)."""
     tilted = np.column_stack([points, np.ones(len(points))])
@@ -164,7 +175,7 @@ def worst_deletion(
 
     Raises `ValueError` where k reaches n or can leave a class with no row.
     """
-    X, y = np.asarray(X, dtype=np.float64), np.asarray(y)
+    X, y = plain_rows(X), np.asarray(y)
     found = linear_model(model, X, y, C)
     k = rows_to_delete(k, y)
     directions = LogisticInfluence(X, y, found.weights, 1 / (found.C * len(y))).directions(influence)
@@ -187,7 +198,7 @@ def deletion_effect(
     C: float = 1.0,
 ) -> Float[np.ndarray, " weight"]:
     """What the deletion of ``rows`` adds to the weights (d + 1,), intercept last; exact: by training without them."""
-    X, y = np.asarray(X, dtype=np.float64), np.asarray(y)
+    X, y = plain_rows(X), np.asarray(y)
     rows = np.asarray(rows, dtype=np.int64).ravel()
     if len(np.unique(rows)) < len(rows) or (len(rows) and not (rows.min() >= 0 and rows.max() < len(y))):
         raise InputError(f"rows must be distinct indices in 0..{len(y) - 1}, got {rows[:10].tolist()}")
@@ -219,7 +230,7 @@ def validity_under_deletion(
     rows, the same for all points; "worst": the one set that influence finds worst at each point (a share of 0 or 1). Points
     that are NaN are never accepted.
     """
-    X, y = np.asarray(X, dtype=np.float64), np.asarray(y)
+    X, y = plain_rows(X), np.asarray(y)
     points = checked_rows(getattr(cfs, "counterfactuals", cfs), X.shape[1], "cfs")
     if target not in (0, 1):
         raise InputError(f"target must be 0 or 1, got {target!r}")

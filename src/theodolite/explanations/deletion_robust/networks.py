@@ -2,7 +2,7 @@
 
 __all__ = ["LocalSurrogate", "NetworkScore", "search"]
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from theodolite.core.errors import ModelError
 from theodolite.core.influence import ExactRetrainer, LogisticInfluence
-from theodolite.core.memory import DEFAULT_BUDGET
+from theodolite.core.memory import DEFAULT_BUDGET, chunks
 from theodolite.core.view import ModelView, evaluation_mode
 from theodolite.explanations.deletion_robust.linear import smallest
 from theodolite.explanations.deletion_robust.solver import MARGIN, Feasible
@@ -20,6 +20,13 @@ from theodolite.explanations.deletion_robust.solver import MARGIN, Feasible
 _STEPS = 60
 _BISECTIONS = 40
 _STRETCH = (1.0, 1.02, 1.1, 1.3, 1.7, 2.5, 5.0)
+
+
+def _of_two(chances: Tensor) -> Tensor:
+    """The probability of class 1 of two."""
+    if chances.shape[1] != 2:
+        raise ModelError(f"need a classifier of two classes; this one knows {chances.shape[1]}")
+    return chances[:, 1]
 
 
 def _one_logit(scores: Tensor) -> Tensor:
@@ -140,9 +147,12 @@ class NetworkScore:
 
     def rows_at(self, x: np.ndarray, k: int, sign: float) -> np.ndarray:
         """The k rows (m, k) whose deletion moves each point's score against the sign most."""
+        found = []
         with torch.no_grad(), evaluation_mode(self.model):
-            _, features = self.parts(self._tensor(x))
-            return smallest(sign * (features @ self.directions.T).double().cpu().numpy(), k)
+            for part in self._slices(len(x), k):
+                _, features = self.parts(self._tensor(x[part]))
+                found.append(smallest(sign * (features @ self.directions.T).double().cpu().numpy(), k))
+        return np.concatenate(found)
 
     def score(self, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Scores (m,) of points after the deletion of each one's ``rows`` (m, k)."""
@@ -150,13 +160,21 @@ class NetworkScore:
 
     def value_and_slope(self, x: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The same with the gradient by the inputs (m, d)."""
-        inputs = self._tensor(x).requires_grad_(True)
-        moved = self.directions[torch.as_tensor(rows)].sum(dim=1)
+        values, slopes = np.empty(len(x)), np.empty(x.shape)
         with torch.enable_grad(), evaluation_mode(self.model):
-            base, features = self.parts(inputs)
-            value = base + (features * moved).sum(dim=1)
-            (slope,) = torch.autograd.grad(value.sum(), inputs)
-        return value.detach().double().cpu().numpy(), slope.double().cpu().numpy()
+            for part in self._slices(len(x), rows.shape[1]):
+                inputs = self._tensor(x[part]).requires_grad_(True)
+                moved = self.directions[torch.as_tensor(rows[part])].sum(dim=1)
+                base, features = self.parts(inputs)
+                value = base + (features * moved).sum(dim=1)
+                (slope,) = torch.autograd.grad(value.sum(), inputs)
+                values[part], slopes[part] = value.detach().double().cpu().numpy(), slope.double().cpu().numpy()
+        return values, slopes
+
+    def _slices(self, m: int, k: int) -> Iterator[slice]:
+        """Slices of m points whose features, deleted rows' directions and scores by row fit the budget."""
+        n, q = self.directions.shape
+        return chunks(m, 8.0 * ((k + 6) * q + 3 * n))
 
 
 def _onto(x: np.ndarray, slope: np.ndarray, gap: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -271,8 +289,8 @@ class LocalSurrogate:
     def of(cls, model: Any, threshold: float, seed: int) -> "LocalSurrogate":
         """The surrogate of a network, a fitted estimator with predict_proba, or a function from rows to logits."""
         if not isinstance(model, nn.Module) and hasattr(model, "predict_proba"):
-            level = 1 / (1 + np.exp(-threshold))
-            return cls(lambda rows: np.asarray(model.predict_proba(rows))[:, 1] >= level, seed=seed)
+            level, view = 1 / (1 + np.exp(-threshold)), ModelView(model, output="probability")
+            return cls(lambda rows: _of_two(view(torch.as_tensor(rows))).cpu().numpy() >= level, seed=seed)
         if isinstance(model, nn.Module):
             view = ModelView(model, output="raw")
             first = next(model.parameters(), torch.zeros(0))

@@ -32,6 +32,7 @@ class Feasible:
     may_fall: np.ndarray
     may_rise: np.ndarray
     groups: tuple[tuple[int, ...], ...] = ()
+    absent: tuple[int, ...] = ()
 
     @classmethod
     def everything(cls, d: int) -> "Feasible":
@@ -40,14 +41,13 @@ class Feasible:
 
     @classmethod
     def of(cls, schema: TableSchema) -> "Feasible":
-        """The limits of a table; a member of a one-hot group that no training row has stays 0."""
+        """The limits of a table; a row is not moved to a member of a one-hot group that no training row has."""
         low, high = schema.floor.copy(), schema.ceiling.copy()
         members = [column for group in schema.groups for column in group]
         low[members] = np.maximum(low[members], 0.0)
-        high[members] = np.minimum(high[members], [float(column not in schema.absent) for column in members])
-        return cls(
-            low, high, ~(schema.immutable | schema.increasing), ~(schema.immutable | schema.decreasing), schema.groups
-        )
+        high[members] = np.minimum(high[members], 1.0)
+        fall, rise = ~(schema.immutable | schema.increasing), ~(schema.immutable | schema.decreasing)
+        return cls(low, high, fall, rise, schema.groups, tuple(sorted(schema.absent)))
 
     @property
     def open(self) -> bool:
@@ -58,7 +58,10 @@ class Feasible:
     def around(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Lowest and highest values that each row of x (..., d) may take; lowest above highest where it may not be at all."""
         low = np.where(self.may_fall, self.low, np.maximum(self.low, x))
-        return low, np.where(self.may_rise, self.high, np.minimum(self.high, x))
+        high = np.where(self.may_rise, self.high, np.minimum(self.high, x))
+        columns = list(self.absent)
+        high[..., columns] = np.minimum(high[..., columns], x[..., columns])
+        return low, high
 
 
 def nearest(

@@ -23,6 +23,7 @@ __all__ = [
     "EmbeddingBackend",
     "EmbeddingJudge",
     "EntityNeuron",
+    "ExemplarInterpreter",
     "ExecutionJudge",
     "Interpretation",
     "LanguageModelBackend",
@@ -42,6 +43,7 @@ __all__ = [
     "UnitTest",
     "UnitTestScore",
     "UnsafeCode",
+    "activation_tests",
     "benchmark",
     "interpret",
     "load_published",
@@ -95,4 +97,5 @@ from theodolite.explanations.function_interpretation.scores import NumericScore,
 from theodolite.explanations.function_interpretation.strings import StringFunction, make_strings
 from theodolite.explanations.function_interpretation.symbolic import SymbolicInterpreter
 from theodolite.explanations.function_interpretation.table import BenchmarkRow, BenchmarkTable, benchmark
+from theodolite.explanations.function_interpretation.words import ExemplarInterpreter, activation_tests
 from theodolite.language.sandbox import UnsafeCode, run_sandboxed

@@ -33,6 +33,8 @@ _INPUTS = {"numeric": "numbers between {low:g} and {high:g}", "string": "texts",
 class PolynomialInterpreter:
     """The least squares polynomial of a degree through a grid of points: what an interpreter has to beat."""
 
+    numeric_only = True
+
     def __init__(self, degree: int = 3) -> None:
         if degree < 0:
             raise InputError(f"a degree must be at least 0, got {degree}")

@@ -50,6 +50,8 @@ class SymbolicInterpreter:
     out. Works on any range; a family whose place is fixed (a root, a logarithm) has it at zero.
     """
 
+    numeric_only = True
+
     def __init__(self, *, scan: bool = True, seed: int = 0) -> None:
         self.scan, self.seed = scan, seed
         self.name = "symbolic" if scan else "symbolic without scan"
@@ -69,16 +71,19 @@ class SymbolicInterpreter:
         asked = tuple(given for given, _ in blackbox.log[before:])
         pairs = pairs[np.isfinite(pairs[:, 1])]
         if len(pairs) < _FEWEST:
-            return Interpretation("no finite value was seen", "none", rounds=1, queries=len(asked), asked=asked)
+            words = f"{len(pairs)} finite values were seen, too few for a formula"
+            return Interpretation(words, "none", rounds=1, queries=len(asked), asked=asked)
         x, y = pairs.T
         middle, unit = (low + high) / 2, (high - low) / 2 / _HALF
-        best = _fit((x - middle) / unit, y, self.scan)
+        size = float(np.abs(y).max()) or 1.0  # squares of very large and very small values are no numbers
+        best = _fit((x - middle) / unit, y / size, self.scan)
+        best = replace(best, coefficients=tuple(a * size for a in best.coefficients), level=best.level * size)
         interval = None if best.interval is None else (
             best.interval[0] * unit + middle, best.interval[1] * unit + middle
         )  # fmt: skip
-        domain = "none" if interval is None else f"({interval[0]:g}, {interval[1]:g})"
+        domain = "none" if interval is None else f"({interval[0]:.10g}, {interval[1]:.10g})"
         if (middle, unit) != (0.0, 1.0):
-            best = replace(best, words=f"{best.words}, with {low:g} to {high:g} taken as x from -128 to 128")
+            best = replace(best, words=f"{best.words}, with {low:.10g} to {high:.10g} taken as x from -128 to 128")
         words = best.words if interval is None else f"{best.words}, but about {best.level:.4g} on {domain}"
         return Interpretation(
             words, domain, _program(best, middle, unit), rounds=1, queries=len(asked), asked=asked,

@@ -79,6 +79,7 @@ class BenchmarkTable:
                 "rounds": told.rounds, "queries": told.queries, "calls": told.calls,
                 "prompt_tokens": told.prompt_tokens, "completion_tokens": told.completion_tokens,
                 "reason": told.reason or (score.reason if number else ""),
+                "description": told.description, "domain": told.domain, "code": told.code,
             })  # fmt: skip
         return pd.DataFrame(lines)
 
@@ -107,7 +108,8 @@ def benchmark(
 ) -> BenchmarkTable:
     """Every interpreter on every function, beside the cubic and the constant, which are added for numeric functions.
 
-    functions: `NumericFunction`, `StringFunction` or neurons; an interpreter is handed a `BlackBox` only. judge: answers
+    functions: `NumericFunction`, `StringFunction`, neurons, or any function of an array of numbers (its values are then the
+    truth); an interpreter is handed a `BlackBox` only, and no function of texts where it says ``numeric_only``. judge: answers
     unit tests from the descriptions, each also from another function's (shuffled) description; tests: by a function's name,
     made from string functions themselves where they are not given. seed: of held-out string inputs and of tests. Strings are
     scored on inputs that were not asked for. What an interpreter does wrong is a score with a reason, not an exception.
@@ -115,7 +117,7 @@ def benchmark(
     if not functions or not interpreters:
         raise InputError("need at least one function and one interpreter")
     runners = list(interpreters)
-    if any(isinstance(fn, NumericFunction) for fn in functions):
+    if any(_modality(fn) == "numeric" for fn in functions):
         there = {one.name for one in runners}
         runners += [one for one in (PolynomialInterpreter(3), ConstantInterpreter()) if one.name not in there]
     names = [getattr(fn, "name", "") or f"function {i}" for i, fn in enumerate(functions)]
@@ -134,28 +136,32 @@ def benchmark(
             if told[i] is None:
                 continue
             asked = made.get(names[i]) if judge is not None else None
-            words = [one.description for one in told if one is not None]
-            other = told[(i + 1) % len(functions)] or told[i]
+            alike = [j for j, one in enumerate(functions) if told[j] is not None and _modality(one) == _modality(fn)]
+            other = told[alike[(alike.index(i) + 1) % len(alike)]]
             rows.append(BenchmarkRow(
-                names[i], fn.kind, getattr(fn, "variant", "clean"), runner.name, told[i], _scored(fn, told[i], seed),
+                names[i], getattr(fn, "kind", ""), getattr(fn, "variant", "clean"), runner.name, told[i],
+                _scored(fn, told[i], seed),
                 unit_test(told[i].description, asked, judge) if asked and judge else None,
-                unit_test(other.description, asked, judge) if asked and judge and len(words) > 1 else None,
+                unit_test(other.description, asked, judge) if asked and judge and len(alike) > 1 else None,
             ))  # fmt: skip
     return BenchmarkTable(tuple(rows))
 
 
 def _interpreted(fn: Any, runner: Interpreter, budget: int, mode: str, rounds: int) -> Any:
     """None where an interpreter of numbers meets a function that is none."""
-    numeric_only = not hasattr(runner, "model") and not isinstance(runner, OracleInterpreter)
-    if numeric_only and getattr(fn, "modality", "numeric") != "numeric":
+    if getattr(runner, "numeric_only", False) and _modality(fn) != "numeric":
         return None
     fn = fn.again() if isinstance(fn, NumericFunction) else fn
     runner = OracleInterpreter(fn) if isinstance(runner, OracleInterpreter) else runner
     return interpret(BlackBox(fn, budget), runner, mode, rounds)
 
 
+def _modality(fn: Any) -> str:
+    return getattr(fn, "modality", "numeric")
+
+
 def _scored(fn: Any, told: Interpretation, seed: int) -> NumericScore | float | None:
-    if isinstance(fn, NumericFunction):
+    if _modality(fn) == "numeric":
         return score_numeric(fn, told)
     if isinstance(fn, StringFunction):
         return score_strings(fn, told, string_inputs(_HELD_OUT, seed, without=told.asked))

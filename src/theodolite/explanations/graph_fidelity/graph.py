@@ -80,7 +80,7 @@ class Graph:
 
     @classmethod
     def from_networkx(cls, graph: nx.Graph, x: Tensor | np.ndarray | str | None = None) -> "Graph":
-        """A networkx graph, its nodes in its own order.
+        """A networkx graph, its nodes in its own order; weights of edges are passed over.
 
         x: features (n, d), the name of a node attribute that holds them, or None for a single feature that is always 1.
         """
@@ -97,12 +97,19 @@ class Graph:
 
     @classmethod
     def from_pyg(cls, data: Any) -> "Graph":
-        """A torch_geometric ``Data`` (or ``Explanation``): its x and edge_index; undirected where every edge has both ways."""
+        """A torch_geometric ``Data`` (or ``Explanation``): its x and edge_index; undirected where every edge has both ways.
+
+        Raises DataError for weighted edges, whose weights could not be told from those that drop edges. Features of edges
+        (edge_attr) are not passed on; give a model that has them at hand.
+        """
         x, edge_index = getattr(data, "x", None), getattr(data, "edge_index", None)
         if x is None or edge_index is None:
             raise DataError(
                 f"{type(data).__name__} needs x and edge_index; give nodes without features a column of ones"
             )
+        weight = getattr(data, "edge_weight", None)
+        if weight is not None and not bool((torch.as_tensor(weight) == 1).all()):
+            raise DataError("the edges have weights; only graphs whose edges all weigh 1 are supported")
         forward, backward = _keys(edge_index[0], edge_index[1], len(x)), _keys(edge_index[1], edge_index[0], len(x))
         return cls(_floating(x), edge_index, bool(np.isin(forward, backward).all()))
 

@@ -6,22 +6,27 @@ m(x) is the probability of the wanted class. The closest counterfactual lies on 
 most; `TRex` moves it to where R passes a threshold tau, `TRexNearest` picks a training row where it does (any model with
 probabilities). `ConfidenceThreshold`, which raises m alone, is the control that they have to be seen beside.
 
-The search in the latent space of an autoencoder (the third variant of the authors' code) and the baselines C-CHVAE and REVISE,
-which need one too, are not implemented.
+`TRexLatent`, `Cchvae` and `Revise` search the code of a small autoencoder of the training rows (`train_autoencoder`), so that
+what they give looks like a training row without being one.
 
 Source: Hamman, Noorani, Mishra, Magazzeni, Dutta, 2023, arXiv:2305.11997 (Robust Counterfactual Explanations for Neural
 Networks With Probabilistic Guarantees; the searches are there called T-Rex).
 """
 
 __all__ = [
+    "Autoencoder",
+    "AutoencoderWarning",
+    "Cchvae",
     "ClosestCounterfactual",
     "ConfidenceThreshold",
     "CounterfactualNotFoundError",
     "CounterfactualSet",
     "NearestNeighbour",
+    "Revise",
     "Roar",
     "StableNeighbourSearch",
     "TRex",
+    "TRexLatent",
     "TRexNearest",
     "TrainModeWarning",
     "Wachter",
@@ -32,6 +37,7 @@ __all__ = [
     "samples_needed",
     "stability",
     "stability_guarantee",
+    "train_autoencoder",
 ]
 
 from theodolite.explanations.counterfactuals import (
@@ -41,7 +47,18 @@ from theodolite.explanations.counterfactuals import (
     NearestNeighbour,
 )
 from theodolite.explanations.model_changes import perturbed_weights, retrain, robust_validity
-from theodolite.explanations.robust_counterfactuals.baselines import Roar, StableNeighbourSearch, Wachter
+from theodolite.explanations.robust_counterfactuals.autoencoder import (
+    Autoencoder,
+    AutoencoderWarning,
+    train_autoencoder,
+)
+from theodolite.explanations.robust_counterfactuals.baselines import (
+    Cchvae,
+    Revise,
+    Roar,
+    StableNeighbourSearch,
+    Wachter,
+)
 from theodolite.explanations.robust_counterfactuals.evaluation import benchmark
-from theodolite.explanations.robust_counterfactuals.trex import ConfidenceThreshold, TRex, TRexNearest
+from theodolite.explanations.robust_counterfactuals.trex import ConfidenceThreshold, TRex, TRexLatent, TRexNearest
 from theodolite.explanations.stability import TrainModeWarning, samples_needed, stability, stability_guarantee

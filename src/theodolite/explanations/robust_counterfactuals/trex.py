@@ -1,30 +1,30 @@
 """Counterfactuals moved, or chosen, until the class holds all around them."""
 
-__all__ = ["ConfidenceThreshold", "TRex", "TRexNearest"]
+__all__ = ["ConfidenceThreshold", "TRex", "TRexLatent", "TRexNearest"]
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from theodolite.core.errors import InputError
 from theodolite.explanations.counterfactuals import (
-    ClosestCounterfactual,
     Generator,
-    NearestNeighbour,
     Search,
+    base_generator,
+    log_odds_slope,
     neighbours,
 )
+from theodolite.explanations.robust_counterfactuals.latent import Coordinates, LatentCoordinates
 from theodolite.explanations.stability import draws, stability
 
 _MARGIN = 2.0  # standard errors of the search's draws above tau at which it stops
 
 
 @dataclass(kw_only=True)
-class Raised(Generator):
+class Raised(Coordinates, Generator):
     """Sets out from a base counterfactual and climbs an objective until it passes ``tau``.
 
     Steps of ``step_size`` along the normalised gradient, kept within ``radius`` of the base counterfactual (not of the row) and
@@ -43,34 +43,35 @@ class Raised(Generator):
             raise InputError(f"tau must be between 0 and 1, got {self.tau}")
         if not (self.step_size > 0 and self.radius > 0 and self.max_steps >= 0):
             raise InputError("need step_size > 0, radius > 0 and max_steps >= 0")
-        if isinstance(self.base, str) and self.base not in ("closest", "nearest"):
-            raise InputError(f'base must be "closest", "nearest" or a generator, got {self.base!r}')
+        base_generator(self.base, self.norm)
+        self._goal = self.tau
 
-    def _base(self) -> Generator:
-        if isinstance(self.base, Generator):
-            return self.base
-        return (ClosestCounterfactual if self.base == "closest" else NearestNeighbour)(norm=self.norm)
+    def _merit(self, search: Search, z: Tensor) -> Tensor:
+        return self._objective(search, z)[0]
 
     def _search(self, search: Search, begin: Tensor | None) -> tuple[Tensor, Tensor]:
-        base = search.region.project(self._base()._search(search, begin)[0])
+        base = search.region.project(base_generator(self.base, self.norm)._search(search, begin)[0])
         count = torch.zeros(len(base), dtype=torch.long)
         # only what the present model accepts is a place to set out from
         left = (search.probability(base) >= 0.5).nonzero().ravel()
-        z, kept = base.clone(), base.clone()
+        centre, kept = self._enter(search, base), base.clone()
+        at = centre.clone()
         for step in range(self.max_steps + 1):
             if len(left) == 0:
                 break
             part = search.on(left)
-            value, slope, accepted = self._objective(part, z[left])
-            kept[left[accepted]] = z[left[accepted]]
+            points = self._points(part, at[left])
+            value, slope, accepted = self._objective(part, points)
+            kept[left[accepted]] = points[accepted]
             going = value < self.tau
             left, slope, part = left[going], slope[going], part.on(going)
             if step == self.max_steps or len(left) == 0:
                 break
-            moved = z[left] + self.step_size * slope / slope.norm(dim=1, keepdim=True).clamp_min(1e-12)
-            away = moved - base[left]
-            moved = base[left] + away * (self.radius / away.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1)
-            z[left] = part.region.project(moved)
+            slope = self._pulled(part, at[left], slope)
+            moved = at[left] + self.step_size * slope / slope.norm(dim=1, keepdim=True).clamp_min(1e-12)
+            away = moved - centre[left]
+            moved = centre[left] + away * (self.radius / away.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1)
+            at[left] = self._within(part, moved)
             count[left] += 1
         return kept, count
 
@@ -127,6 +128,18 @@ class TRex(Raised):
 
 
 @dataclass(kw_only=True)
+class TRexLatent(LatentCoordinates, TRex):
+    """`TRex` in the code of a small autoencoder: every step lands on a row that looks like the training rows.
+
+    It sets out from the code of the base counterfactual; step_size and radius are in units of the code, whose spread over the
+    training rows is about 1. Where no decoded point is accepted the base counterfactual comes back, with ``reached`` False.
+    """
+
+    step_size: float = 0.05
+    radius: float = 3.0
+
+
+@dataclass(kw_only=True)
 class ConfidenceThreshold(Raised):
     """The honest control of `TRex`: climbs the probability m itself until it passes ``tau``, with the same steps."""
 
@@ -134,20 +147,8 @@ class ConfidenceThreshold(Raised):
         return probability >= self.tau
 
     def _objective(self, search: Search, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return climbed(search, z)
-
-
-def climbed(search: Search, z: Tensor) -> tuple[Float[Tensor, " row"], Float[Tensor, "row feature"], Tensor]:
-    """m, the gradient of its log-odds (same direction, never flat where m is near 0 or 1), and whether m accepts."""
-    score = search.score
-    value, slope = torch.empty(len(z), dtype=torch.float64), torch.empty_like(z)
-    with torch.enable_grad(), score.quiet():
-        for part in score.parts(z, 1, gradients=True):
-            rows = z[part].detach().requires_grad_(True)
-            odds = score.log_odds(search.inputs(rows))
-            (slope[part],) = torch.autograd.grad(odds.sum(), rows)
-            value[part] = torch.sigmoid(odds.detach().double()).cpu()
-    return value, slope, value >= 0.5
+        odds, slope = log_odds_slope(search, z)  # same direction as m's, and never flat where m is near 0 or 1
+        return torch.sigmoid(odds), slope, odds >= 0
 
 
 @dataclass(kw_only=True)

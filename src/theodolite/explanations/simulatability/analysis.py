@@ -36,8 +36,8 @@ def effects(responses: pd.DataFrame, draws: int = 10_000, seed: int = 0, *, bala
     >>> rng = np.random.default_rng(0)
     >>> table = pd.DataFrame([(u, i, m, "forward") for m in "ab" for u in range(9) for i in range(16)],
     ...     columns=["user", "item", "method", "test"]).assign(model=1, pre=lambda t: rng.random(len(t)) < 0.6, post=1)
-    >>> effects(table, 500).round(1)[["method", "n", "effect"]].values.tolist()
-    [['a', 144, 0.4], ['b', 144, 0.4]]
+    >>> effects(table, 500).round(2)[["method", "n", "effect"]].values.tolist()
+    [['a', 144, 0.46], ['b', 144, 0.46]]
     """
     if draws < 100:
         raise InputError(f"need at least 100 draws, got {draws}")

@@ -11,18 +11,25 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
-Draw = Callable[[Bool[np.ndarray, "sample slot"]], Bool[np.ndarray, " sample"]]
-"""Slots to keep, a row an input -> whether the model's answer stays on an input that keeps them."""
+Draw = Callable[[Bool[np.ndarray, "sample slot"]], tuple[Bool[np.ndarray, " sample"], Bool[np.ndarray, "sample slot"]]]
+"""Slots to keep, a row an input -> whether the model's answer stays on an input that keeps them, and which slots it has kept.
+
+A slot may be kept by chance; where slots are drawn one by one, such an input is also one of the longer rule's.
+"""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Slots to keep. precision: share of fresh inputs under the rule with the same answer; coverage: rows it holds on."""
+    """Slots to keep. precision: share of fresh inputs under the rule with the same answer; coverage: rows it holds on.
+
+    reached: whether the precision is what was asked for; where no rule has it, all slots are kept and their own is told.
+    """
 
     slots: tuple[int, ...]
     precision: float
     coverage: float
     samples: int
+    reached: bool
 
 
 def bounds(
@@ -63,10 +70,11 @@ def find_rule(
 
     A level of the search is a best-arm problem: of all rules with one more slot the ``beam`` best are told apart up to
     ``tolerance``, then those that may reach the precision are sampled until their bound tells within ``gap``. A level stops
-    after most_samples draws of one rule. Without any such rule all slots are kept.
+    after most_samples draws of one rule. Samples of shorter rules that happen to keep a longer one's slots count for it.
+    Without any such rule all slots are kept.
     """
     parents: list[tuple[int, ...]] = [()]
-    used = 0
+    used, drawn = 0, list[tuple[np.ndarray, np.ndarray]]()  # of this level: what was kept, whether the answer stayed
 
     def sample(chosen: Sequence[tuple[int, ...]], n: int) -> Float[np.ndarray, " rule"]:
         """Of n fresh inputs under each rule, how many keep the answer."""
@@ -75,11 +83,18 @@ def find_rule(
         keep = np.zeros((len(chosen), slots), dtype=bool)
         for line, rule in zip(keep, chosen, strict=True):
             line[list(rule)] = True
-        return draw(np.repeat(keep, n, axis=0)).reshape(len(chosen), n).sum(axis=1).astype(np.float64)
+        stays, kept = draw(np.repeat(keep, n, axis=0))
+        drawn.append((kept, stays))
+        return stays.reshape(len(chosen), n).sum(axis=1).astype(np.float64)
 
     for length in range(1, len(free) + 1):
         rules = sorted({tuple(sorted({*rule, int(s)})) for rule in parents for s in free if s not in rule})
-        n, right = np.full(len(rules), float(batch)), sample(rules, batch)
+        n, right = _known(rules, drawn)
+        drawn.clear()
+        few = np.flatnonzero(n < batch)
+        if len(few):
+            right[few] += sample([rules[arm] for arm in few], batch)
+            n[few] += batch
         level = np.log(1 / delta) + np.log(max(1.0, len(rules) * length))
         top = np.argsort(-right / n, kind="stable")[:beam]
         while len(top) < len(rules):
@@ -89,7 +104,9 @@ def find_rule(
             weakest, rival = low[top].min(), high[rest].max()
             if rival - weakest < tolerance or n[top].max() >= most_samples / 4:
                 break
-            arms = np.concatenate([top, rest[np.argsort(-high[rest], kind="stable")[:beam]]])
+            rest = rest[np.argsort(-high[rest], kind="stable")[:beam]]
+            # a rule that is told apart from the others already needs no more samples
+            arms = np.concatenate([top[rival - low[top] >= tolerance], rest[high[rest] - weakest >= tolerance]])
             right[arms] += sample([rules[arm] for arm in arms], batch)
             n[arms] += batch
         while True:
@@ -105,7 +122,19 @@ def find_rule(
         for rule in sorted(good, key=covered, reverse=True):
             confirmed = float(sample([rule], 1000)[0]) / 1000
             if confirmed >= precision:
-                return Rule(rule, confirmed, covered(rule), used)
+                return Rule(rule, confirmed, covered(rule), used, True)
         parents = [rules[arm] for arm in top]
     every = tuple(map(int, free))
-    return Rule(every, float(sample([every], 1000)[0]) / 1000, covered(every), used)
+    confirmed = float(sample([every], 1000)[0]) / 1000
+    return Rule(every, confirmed, covered(every), used, confirmed >= precision)
+
+
+def _known(
+    rules: Sequence[tuple[int, ...]], drawn: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> tuple[Float[np.ndarray, " rule"], Float[np.ndarray, " rule"]]:
+    """For each rule how many of the inputs drawn for shorter rules keep all its slots, and on how many the answer stays."""
+    if not drawn:
+        return np.zeros(len(rules)), np.zeros(len(rules))
+    kept, stays = np.concatenate([part for part, _ in drawn]).T.copy(), np.concatenate([part for _, part in drawn])
+    found = [np.logical_and.reduce([kept[slot] for slot in rule]) for rule in rules]
+    return np.array([float(one.sum()) for one in found]), np.array([float((one & stays).sum()) for one in found])

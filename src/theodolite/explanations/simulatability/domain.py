@@ -29,8 +29,12 @@ _NEIGHBOURS, _RAREST, _DIMENSIONS, _WINDOW = 10, 3, 50, 2
 
 
 class Domain(ABC):
-    """What tables and texts have in common. width: number of one-hot columns; -1 is the code of an empty slot."""
+    """What tables and texts have in common. width: number of one-hot columns; -1 is the code of an empty slot.
 
+    one_by_one: whether `background` draws each slot on its own, whatever the others are.
+    """
+
+    one_by_one: bool
     width: int
     names: tuple[str, ...]
 
@@ -75,6 +79,10 @@ class Domain(ABC):
     def change(self, before: Int[np.ndarray, " slot"], after: Int[np.ndarray, " slot"]) -> str:
         """What differs between two inputs, a line each."""
 
+    def in_order(self, row: Any) -> Any:
+        """One raw input with its values where the domain has them; InputError where there are too few or too many."""
+        return row
+
     def one_hot(self, codes: Codes) -> Float[np.ndarray, "row column"]:
         """1 in the columns of the values that a row has."""
         columns = self.columns(codes)
@@ -118,6 +126,8 @@ class TableDomain(Domain):
     rows: (n, features) array or data frame. categorical: names or positions of columns whose values are kinds, not amounts.
     Raises DataError for text columns that are not among them, and for missing values.
     """
+
+    one_by_one = False  # other values come from one row of the table, and hang together as they do there
 
     def __init__(self, rows: Any, feature_names: Sequence[str], categorical: Sequence[str | int] | None) -> None:
         table = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(np.asarray(rows))
@@ -233,6 +243,16 @@ class TableDomain(Domain):
             self._last = (key, self.encode(self.as_rows([raw]))[0])
         return self._last[1]
 
+    def in_order(self, row: Any) -> Any:
+        """One raw input with its values where the table has them."""
+        if isinstance(row, pd.DataFrame) and len(row) == 1:
+            row = row.iloc[0]
+        if isinstance(row, pd.Series) and set(self.features) <= set(map(str, row.index)):
+            row = row.rename(index=str)[list(self.features)]
+        if np.size(row) != len(self.features):
+            raise InputError(f"an input has {len(self.features)} values, got {np.size(row)}")
+        return row
+
     def as_rows(self, rows: Sequence[Any]) -> Any:
         """Single raw rows as the model takes them."""
         return self._like(np.array([np.asarray(row, dtype=object).ravel() for row in rows], dtype=object))
@@ -289,10 +309,13 @@ class TextDomain(Domain):
     less than 3 times have none and stay.
     """
 
+    one_by_one = True
+
     def __init__(self, texts: Sequence[str]) -> None:
         split = [words(text) for text in texts]
         self.names = tuple(sorted({word for text in split for word in text}))
         self.width = len(self.names)
+        self._words = np.array([*self.names, ""], dtype=object)
         self._place = {word: i for i, word in enumerate(self.names)}
         self._near = self._neighbours(split)
 
@@ -338,15 +361,12 @@ class TextDomain(Domain):
 
     def realise(self, codes: Codes, row: Any, rng: np.random.Generator | None = None) -> list[str]:
         """Rows that the model takes."""
-        text, own = words(row), self.encode([row])[0]
-        return [
-            " ".join(
-                word if code == before else self.names[code]
-                for word, code, before in zip(text, line[: len(text)], own, strict=True)
-                if code != -1
-            )
-            for line in codes
-        ]
+        text = np.array(words(row), dtype=object)
+        own, codes = self.encode([row])[0], codes[:, : len(text)]
+        pieces = np.where(codes == own, text, self._words[codes])
+        if (codes != -1).all():
+            return [" ".join(line) for line in pieces]
+        return [" ".join(line[there]) for line, there in zip(pieces, codes != -1, strict=True)]
 
     def changeable(self, codes: Int[np.ndarray, " slot"]) -> Int[np.ndarray, " changeable"]:
         """Slots with another value."""

@@ -86,8 +86,9 @@ class Explainer(ABC):
         return self.protocol
 
     def explain(self, x: Any) -> Explanation:
-        """Explain the model's answer on one raw input."""
+        """Explain the model's answer on one raw input; a row of a data frame is read by the names of its columns."""
         domain = self.on.domain
+        x = domain.in_order(x)
         rows = [x] if self.on.kind == "text" else domain.as_rows([x])  # type: ignore[attr-defined]
         codes = domain.encode(rows)[0]
         probability = float(positive(self.on.model, rows)[0])
@@ -224,7 +225,8 @@ class Attribution(Explainer):
 class Anchor(Explainer):
     """A rule that keeps the answer with at least ``precision``. beam, delta, tolerance, gap, batch: of the search.
 
-    A condition on a number names a bin, so numbers are drawn from all of it, not kept at the input's own.
+    A condition on a number names a bin, so numbers are drawn from all of it, not kept at the input's own. Near a boundary no
+    rule may be that precise; the explanation then says so, and its ``precision`` is that of all conditions together.
 
     Source: Hase, Bansal, 2020, arXiv:2005.01831; Ribeiro, Singh, Guestrin, 2018, AAAI.
     """
@@ -244,8 +246,10 @@ class Anchor(Explainer):
         on, rng, answer = self.on, self._rng(), probability > 0.5
         columns = on.domain.columns(codes[None])[0]
 
-        def draw(keep: np.ndarray) -> np.ndarray:
-            return (on.answer(on.domain.background(codes, keep, rng), x, rng) > 0.5) == answer
+        def draw(keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            drawn = on.domain.background(codes, keep, rng)
+            kept = drawn == codes if on.domain.one_by_one else keep
+            return (on.answer(drawn, x, rng) > 0.5) == answer, kept
 
         def covered(rule: tuple[int, ...]) -> float:
             return float(on.domain.holds([int(columns[s]) for s in rule], on.codes).mean())
@@ -254,12 +258,15 @@ class Anchor(Explainer):
             draw, covered, on.domain.changeable(codes), len(codes), precision=self.precision, beam=self.beam,
             delta=self.delta, tolerance=self.tolerance, gap=self.gap, batch=self.batch,
         )  # fmt: skip
-        rule = tuple(int(columns[s]) for s in found.slots)
-        lines = [f"Conditions for the model answering {self._label(probability)!r}:"]
+        rule, label = tuple(int(columns[s]) for s in found.slots), self._label(probability)
+        lines = [
+            f"Conditions for the model answering {label!r}:" if found.reached
+            else f"No conditions keep the answer {label!r} in {100 * self.precision:g} % of cases, not even all of them:"
+        ]  # fmt: skip
         lines += [f"{i}. {on.domain.names[c]}" for i, c in enumerate(rule, 1)]
         lines.append(
             f"They keep the answer in {100 * found.precision:.0f} % of cases, and hold on {100 * found.coverage:.1f} % of inputs "
-            f"({len(rule)} conditions)."
+            f"({len(rule)} {'condition' if len(rule) == 1 else 'conditions'})."
         )
         return Explanation(
             "\n".join(lines), int(answer), probability, rule=rule, precision=found.precision, coverage=found.coverage

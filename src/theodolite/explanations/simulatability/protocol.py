@@ -291,7 +291,7 @@ def positive(model: Any, rows: Any) -> Float[np.ndarray, " row"]:
     if isinstance(model, nn.Module):
         if isinstance(rows, list):
             raise ModelError("a network takes numbers; give a callable texts -> probabilities")
-        numbers = np.ascontiguousarray(np.asarray(rows, dtype=np.float64))
+        numbers = np.require(np.asarray(rows), np.float64, ["C", "W"])  # torch wants what it could write to
         weight = next(iter(model.parameters()), torch.zeros(0))
         found = ModelView(model)(torch.as_tensor(numbers).to(weight)).double().cpu().numpy()
     else:

@@ -34,10 +34,9 @@ class PrototypeNetwork(ClassifierMixin, BaseEstimator):
     """Classifier by the nearest prototype of each class.
 
     n_per_class: prototypes of a class. latent: dimensions of z. similarity: "exp" exp(-d), or "log" log(1 + 1 / (d + 1e-4)).
-    The
-    latent layer is first trained as a black box with a linear head. freeze_extractor: the extractor keeps base's weights (without
-    a base, those it has before prototypes are trained). Fitted: prototypes_, the row of
-    X that each one is; prototype_classes_; classes_.
+    The latent layer is first trained as a black box with a linear head. freeze_extractor: the extractor keeps base's weights
+    (without a base, those it has before prototypes are trained). Fitted: prototypes_, the row of X that each one is;
+    prototype_classes_; classes_.
     """
 
     def __init__(

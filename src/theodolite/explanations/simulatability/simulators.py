@@ -28,9 +28,11 @@ from theodolite.core.errors import InputError
 from theodolite.explanations.simulatability.domain import Domain
 from theodolite.explanations.simulatability.methods import Explainer, Explanation
 from theodolite.explanations.simulatability.protocol import SimulationProtocol
-from theodolite.language.model import LanguageModel
+from theodolite.explanations.simulatability.study import read_label
+from theodolite.language.model import LanguageModel, ScoringUnavailable
 
 Answers = Int[np.ndarray, " item"]
+"""0 or 1, and -1 where a reader's answer could not be read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +48,7 @@ class Panel:
 
 @runtime_checkable
 class Simulator(Protocol):
-    """A reader: predicts the model's answers, 0 or 1."""
+    """A reader: predicts the model's answers, 0 or 1 (-1: no answer)."""
 
     def forward(self, panel: Panel, items: Int[np.ndarray, "item slot"]) -> Answers:
         """Answers on new inputs, after the panel was studied."""
@@ -133,7 +135,9 @@ def _regression(
 @dataclass(frozen=True)
 class LanguageModelSimulator:
     """A language model as reader, of `theodolite.language.connect`. It reads what people would: the learning panel with its
-    explanations, then one item; its answer is the likelier of the two labels as the next words.
+    explanations, then one item; its answer is the likelier of the two labels as the next words. An endpoint that tells no
+    log-probabilities of the labels is asked in a chat instead; what it says is read as people's forms are, and an answer
+    that cannot be read is missing.
 
     Small models answer at chance here, whatever is explained; a strong endpoint is needed for a result.
     """
@@ -160,7 +164,14 @@ class LanguageModelSimulator:
 
     def _answers(self, prompts: Sequence[str], labels: tuple[str, ...]) -> Answers:
         ends = [f" {label}" for label in labels]
-        return np.array([int(np.argmax(self.model.score(prompt, ends))) for prompt in prompts], dtype=np.int64)
+        try:
+            self.model.score(prompts[0], ends)  # one request tells whether it can
+            return self.model.score_table(prompts, ends).argmax(axis=1).astype(np.int64)
+        except ScoringUnavailable:
+            asked = f"\n\nAnswer with {labels[0]!r} or {labels[1]!r} and nothing else."
+            told = self.model.chat_many([[{"role": "user", "content": prompt + asked}] for prompt in prompts])
+            found = [read_label(one.text, labels) for one in told]
+            return np.array([-1 if answer is None else answer for answer in found], dtype=np.int64)
 
 
 def _shown(panel: Panel) -> str:
@@ -181,9 +192,9 @@ def run(
 ) -> pd.DataFrame:
     """Both tests by ``repeats`` readers with every explainer: one row a reader, item, method and test.
 
-    Columns: user, item (row of X), method, test, pre and post (the reader's answers, 0 or 1, before and after explanations),
-    model (the model's answer) and rating (missing: simulated readers do not rate). Readers differ in their learning inputs;
-    items are the same for all readers and methods. `effects` makes estimates of it.
+    Columns: user, item (row of X), method, test, pre and post (the reader's answers, 0 or 1, before and after explanations;
+    missing where it gave none), model (the model's answer) and rating (missing: simulated readers do not rate). Readers
+    differ in their learning inputs; items are the same for all readers and methods. `effects` makes estimates of it.
     """
     unknown = sorted(set(tests) - {"forward", "counterfactual"})
     names = [explainer.name for explainer in explainers]
@@ -231,8 +242,11 @@ def _panel(protocol: SimulationProtocol, ids: np.ndarray, explanations: tuple[Ex
 def _responses(
     user: int, ids: np.ndarray, method: str, test: str, pre: np.ndarray, post: np.ndarray, model: np.ndarray
 ) -> pd.DataFrame:
+    before, after = (
+        np.where(answers < 0, np.nan, answers) if (answers < 0).any() else answers for answers in (pre, post)
+    )
     rows: dict[str, Any] = {
-        "user": user, "item": ids, "method": method, "test": test, "pre": pre, "post": post, "model": model,
+        "user": user, "item": ids, "method": method, "test": test, "pre": before, "post": after, "model": model,
         "rating": np.nan,
     }  # fmt: skip
     return pd.DataFrame(rows)

@@ -3,11 +3,12 @@
 Source: Hase, Bansal, 2020, arXiv:2005.01831 (the forms follow the published ones).
 """
 
-__all__ = ["export_forms", "import_responses"]
+__all__ = ["export_forms", "import_responses", "read_label"]
 
 import csv
 import html
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def _write(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
 def import_responses(directory: str | Path) -> pd.DataFrame:
     """What readers gave back: the table that `effects` takes. Files NAME.METHOD-pre.csv and NAME.METHOD-post.csv.
 
-    An answer is the label that it is nearest to, at most 2 letters off; what cannot be read is left out and listed in
+    An answer is the label that it names, or is nearest to, at most 2 letters off; what cannot be read is left out and listed in
     ``table.attrs["dropped"]`` as (file, id, what stood there). Raises DataError where no form, or no key, is there.
     """
     folder = Path(directory)
@@ -134,24 +135,32 @@ def _answers(
         raise DataError(f"{path.name} has no columns id and answer")
     answers, ratings = {}, {}
     for row in rows:
-        said = _label(row["answer"] or "", labels)
+        said = read_label(row["answer"] or "", labels)
         if said is None or not (row["id"] or "").strip().isdigit():
             dropped.append((path.name, row["id"] or "", row["answer"] or ""))
             continue
         answers[int(row["id"])] = said
-        rating = (row.get("rating") or "").strip()
+        rating = (row.get("rating") or "").strip().removesuffix(".0")  # spreadsheets write 5 as 5.0
         if rating in list("1234567"):
             ratings[int(row["id"])] = float(rating)
     return answers, ratings
 
 
-def _label(text: str, labels: list[str]) -> int | None:
-    """The label that ``text`` is nearest to; None where two are as near, or none is near."""
-    said = " ".join(text.casefold().split())
-    away = [edit_distance(said, " ".join(label.casefold().split())) for label in labels]
+def read_label(text: str, labels: Sequence[str]) -> int | None:
+    """The label that ``text`` names, or else is nearest to; None where two are as near, or none is near.
+
+    >>> [read_label(said, ["no", "yes"]) for said in ("Yes.", "yse", "I think no", "yes or no")]
+    [1, 1, 0, None]
+    """
+    said, names = " ".join(text.casefold().split()), [" ".join(label.casefold().split()) for label in labels]
+    named = [name for name in names if name and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", said)]
+    named = [name for name in named if not any(name != other and name in other for other in named)]
+    if len(named) == 1:
+        return names.index(named[0])
+    away = [edit_distance(said, name) for name in names]
     best = int(np.argmin(away))
     lone = away.count(away[best]) == 1
-    return best if said and lone and away[best] <= _FARTHEST and away[best] < max(1, len(labels[best])) else None
+    return best if said and lone and away[best] <= _FARTHEST and away[best] < max(1, len(names[best])) else None
 
 
 def edit_distance(a: str, b: str) -> int:

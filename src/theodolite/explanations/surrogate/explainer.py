@@ -32,7 +32,7 @@ from theodolite.explanations.surrogate.local import (
     nearest_leaf,
 )
 from theodolite.explanations.surrogate.reading import check_apart, column_names, numbers, targets
-from theodolite.explanations.surrogate.rules import Condition, LeafBoxes, Rule, RuleList, pruned, rule_of
+from theodolite.explanations.surrogate.rules import Condition, LeafBoxes, Rule, RuleList, ordered_list, pruned, rule_of
 
 METHODS = ("gradient", "permutation", "sensitivity", "attention")
 _SIZES = (5, 10, 20, 50, 100)
@@ -329,19 +329,27 @@ class SurrogateExplainer(BaseEstimator):
         return ordered if max_rules is None else ordered[:max_rules]
 
     def rule_list(self, max_rules: int = 20) -> RuleList:
-        """The best rules as a list to be read from the top, with the commonest answer to the other rows as its default."""
+        """Rules to be read from the top, the first that holds answering; the commonest answer to the other rows is the default.
+
+        Each rule is the one that gives most of the rows left by those before it the black box's class, less those that it
+        gives another one, on the training rows. Compare ``predict`` of the list with the black box on other rows.
+        """
         if self.classes_ is None:
             raise InputError("a rule list answers with classes; this black box gives values")
-        rules, rest = tuple(self.rules(None, max_rules)), np.ones(len(self._x), dtype=bool)
-        for rule in rules:
-            rest &= ~rule.holds(self._x)
-        left = self._p[rest] if rest.any() else self._p
-        default = int(np.bincount(left.argmax(axis=1), minlength=self._p.shape[1]).argmax())
-        return RuleList(rules, self.classes_.tolist()[default], default)
+        if max_rules < 1:
+            raise InputError(f"max_rules must be at least 1, got {max_rules}")
+        truth = None if self._y_held is None else (self._held, self._y_held)
+        return ordered_list(
+            self.rules(None, None), self._x, self._p, truth, max_rules=max_rules, classes=self.classes_.tolist()
+        )
 
     # ---- one row
 
     def _row(self, x: Any) -> np.ndarray:
+        if isinstance(x, pd.Series) and self._frame is not None and set(self._frame) <= set(map(str, x.index)):
+            x = x.to_frame().T  # a row of a data frame knows its columns
+        if isinstance(x, pd.DataFrame) and len(x) == 1:
+            return self._table(x.infer_objects(), "x")
         row = np.asarray(x.detach().cpu() if isinstance(x, torch.Tensor) else x)
         row = row[0] if row.ndim == 2 and len(row) == 1 else row
         if row.ndim != 1:

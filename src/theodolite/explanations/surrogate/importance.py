@@ -20,12 +20,14 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from theodolite.core.errors import ModelError
+from theodolite.core.memory import chunks
 from theodolite.core.view import ModelView, evaluation_mode
 from theodolite.explanations.surrogate.blackbox import BlackBox
 
 _SCREEN_FROM = 500  # with more columns only the most promising ones are perturbed
 _SCREEN_ROWS = 64
 _SMALLEST = 1e-12
+_BLOCK = 1 << 28  # bytes of edited values and of the changes that they make, at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,23 +74,40 @@ def loss_by_row(p: Float[np.ndarray, "... row output"], target: np.ndarray) -> F
 
 def _permutation(
     box: BlackBox, x: np.ndarray, p: np.ndarray, target: np.ndarray, columns: np.ndarray, repeats: int, seed: int
-) -> np.ndarray:
-    """Mean increase of the loss over the repeats, (columns, rows); one set of permutations serves every column."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """(mean, standard error) by column of the increase of the loss; one set of permutations serves every column."""
     rng = np.random.default_rng(seed)
     orders = np.stack([rng.permutation(len(x)) for _ in range(repeats)])
-    edits = np.repeat(columns, repeats)
-    values = np.concatenate([x[orders, j] for j in columns])
-    before, out = loss_by_row(p, target), np.empty((len(edits), len(x)))
-    for part, answers in box.edited(x, edits, values):
-        out[part] = loss_by_row(answers, target) - before
-    return out.reshape(len(columns), repeats, len(x)).mean(axis=1)
+    before, parts = loss_by_row(p, target), []
+    for block in chunks(len(columns), 24.0 * orders.size, _BLOCK):
+        some = columns[block]
+        values, found = np.concatenate([x[orders, j] for j in some]), np.empty((len(some) * repeats, len(x)))
+        for part, answers in box.edited(x, np.repeat(some, repeats), values):
+            found[part] = loss_by_row(answers, target) - before
+        parts.append(_summary(found.reshape(len(some), repeats, len(x)).mean(axis=1)))
+    return _joined(parts)
 
 
-def _sensitivity(box: BlackBox, x: np.ndarray, p: np.ndarray, columns: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    out = np.empty((len(columns), len(x)))
-    for part, answers in box.edited(x, columns, (x[:, columns] + scale[columns]).T):
-        out[part] = np.abs(answers - p).sum(axis=-1)
-    return out
+def _sensitivity(
+    box: BlackBox, x: np.ndarray, p: np.ndarray, columns: np.ndarray, scale: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(mean, standard error) by column of the change of the answer when the column is moved by its deviation."""
+    parts = []
+    for block in chunks(len(columns), 24.0 * len(x), _BLOCK):
+        some = columns[block]
+        for _, answers in box.edited(x, some, (x[:, some] + scale[some]).T):
+            parts.append(_summary(np.abs(answers - p).sum(axis=-1)))
+    return _joined(parts)
+
+
+def _summary(rows: Float[np.ndarray, "column row"]) -> tuple[np.ndarray, np.ndarray]:
+    n = rows.shape[1]
+    error = rows.std(axis=1, ddof=1) / np.sqrt(n) if n > 1 else np.full(len(rows), np.nan)
+    return rows.mean(axis=1), error
+
+
+def _joined(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.concatenate([mean for mean, _ in parts]), np.concatenate([error for _, error in parts])
 
 
 def screened(
@@ -130,7 +149,7 @@ def score_columns(
     no score is left.
     """
     p, d, notes = box(x), x.shape[1], list[str]()
-    by_row: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # method: (columns, rows x columns)
+    told: dict[str, tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]] = {}  # method: (columns, (mean, standard error))
     gradient = None
     if box.is_module and ("gradient" in methods or d > _SCREEN_FROM):
         try:
@@ -140,10 +159,10 @@ def score_columns(
     elif "gradient" in methods:
         notes.append(f"gradient left out: {type(box.model).__name__} has no gradients")
     if gradient is not None and "gradient" in methods:
-        by_row["gradient"] = np.arange(d), gradient
+        told["gradient"] = np.arange(d), _summary(gradient.T)
     if "attention" in methods:
         if hasattr(box.model, "attention_weights"):
-            by_row["attention"] = np.arange(d), _attention(box, x, p, y)
+            told["attention"] = np.arange(d), _summary(_attention(box, x, p, y).T)
         else:
             notes.append(f"attention left out: {type(box.model).__name__} has no attention_weights")
     if {"permutation", "sensitivity"} & set(methods):
@@ -151,20 +170,18 @@ def score_columns(
         if len(columns) < d:
             notes.append(f"{len(columns)} of {d} columns were perturbed, the best by a first look at all of them")
         if "permutation" in methods:
-            found = _permutation(box, x, p, p if y is None else y, columns, repeats, seed)
-            by_row["permutation"] = columns, found.T
+            told["permutation"] = columns, _permutation(box, x, p, p if y is None else y, columns, repeats, seed)
         if "sensitivity" in methods:
-            by_row["sensitivity"] = columns, _sensitivity(box, x, p, columns, scale).T
-    if not by_row:
+            told["sensitivity"] = columns, _sensitivity(box, x, p, columns, scale)
+    if not told:
         raise ModelError(
             "no score is left for this model: " + "; ".join(notes) + "; ask for permutation or sensitivity"
         )
     value, error = {}, {}
-    for name in (name for name in methods if name in by_row):
-        columns, rows = by_row[name]
+    for name in (name for name in methods if name in told):
+        columns, (mean, spread) = told[name]
         value[name], error[name] = np.full(d, np.nan), np.full(d, np.nan)
-        value[name][columns] = rows.mean(axis=0)
-        error[name][columns] = rows.std(axis=0, ddof=1) / np.sqrt(len(rows)) if len(rows) > 1 else np.nan
+        value[name][columns], error[name][columns] = mean, spread
     return Scores(value, error, tuple(notes))
 
 

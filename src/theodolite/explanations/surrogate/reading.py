@@ -56,11 +56,15 @@ def numbers(
 
 def column_names(x: Any, d: int, given: Sequence[str] | None) -> list[str]:
     """Names as given, those of a data frame, or x0, x1, ..."""
-    if given is not None:
-        if len(given) != d:
-            raise InputError(f"{len(given)} feature names for {d} columns")
-        return [str(name) for name in given]
-    return [str(name) for name in x.columns] if isinstance(x, pd.DataFrame) else [f"x{j}" for j in range(d)]
+    if given is not None and len(given) != d:
+        raise InputError(f"{len(given)} feature names for {d} columns")
+    if given is None and not isinstance(x, pd.DataFrame):
+        return [f"x{j}" for j in range(d)]
+    names = [str(name) for name in (x.columns if given is None else given)]
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < d else []
+    if twice:
+        raise InputError(f"every column needs a name of its own; there is more than one {', '.join(twice[:5])}")
+    return names
 
 
 def targets(y: Any, n: int, classes: np.ndarray | None, *, positions: bool) -> np.ndarray:

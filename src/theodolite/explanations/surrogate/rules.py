@@ -5,8 +5,10 @@ __all__ = ["Condition", "LeafBoxes", "Rule", "RuleList"]
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from theodolite.explanations.surrogate.copies import Surrogate
@@ -23,9 +25,19 @@ class Condition:
     low: float
     high: float
 
-    def holds(self, x: Float[np.ndarray, "row column"]) -> Bool[np.ndarray, " row"]:
-        """Which rows meet it; values are rounded to single precision first, as the tree does."""
-        values = x[:, self.column].astype(np.float32)
+    def holds(self, x: Any) -> Bool[np.ndarray, " row"]:
+        """Which rows of a table (rows, columns) meet it; of a data frame that has the column by name, that one is read.
+
+        Values are rounded to single precision first, as the tree does.
+        """
+        if isinstance(x, pd.DataFrame):
+            place = (
+                list(map(str, x.columns)).index(self.feature) if self.feature in map(str, x.columns) else self.column
+            )
+            column: Any = x.iloc[:, place].to_numpy()
+        else:
+            column = np.asarray(x)[:, self.column]
+        values = column.astype(np.float32)
         return (values > self.low) & (values <= self.high)
 
     def rescaled(self, shift: float, scale: float) -> "Condition":
@@ -58,8 +70,8 @@ class Rule:
     value: float = float("nan")
     index: int = 0
 
-    def holds(self, x: Float[np.ndarray, "row column"]) -> Bool[np.ndarray, " row"]:
-        """Which rows of a whole table meet every condition."""
+    def holds(self, x: Any) -> Bool[np.ndarray, " row"]:
+        """Which rows of a whole table, an array or a data frame, meet every condition."""
         met = np.ones(len(x), dtype=bool)
         for condition in self.conditions:
             met &= condition.holds(x)
@@ -78,14 +90,17 @@ class Rule:
 
 @dataclass(frozen=True)
 class RuleList:
-    """Rules asked in order; the first that holds answers, and the default where none does."""
+    """Rules asked in order; the first that holds answers, and the default where none does.
+
+    Support, purity and precision of a rule are of the rows that no earlier one holds for.
+    """
 
     rules: tuple[Rule, ...]
     default: object
     default_index: int = 0
 
-    def predict(self, x: Float[np.ndarray, "row column"]) -> Int[np.ndarray, " row"]:
-        """Position of the class that each row of a whole table is given."""
+    def predict(self, x: Any) -> Int[np.ndarray, " row"]:
+        """Position of the class that each row of a whole table, an array or a data frame, is given."""
         answer, open_ = np.full(len(x), self.default_index), np.ones(len(x), dtype=bool)
         for rule in self.rules:
             met = open_ & rule.holds(x)
@@ -189,17 +204,54 @@ def _right(p: np.ndarray, answer: np.ndarray) -> np.ndarray:
 def pruned(
     conditions: tuple[Condition, ...], x: np.ndarray, p: np.ndarray, answer: np.ndarray
 ) -> tuple[Condition, ...]:
-    """Conditions left after dropping, one by one, the one whose loss keeps most purity, while less than a point is lost."""
+    """Conditions left after dropping, one by one, the one whose loss keeps most purity, while less than a point is lost.
+
+    A leaf that is no purer than all rows together says nothing that fewer conditions would not, so it is left as it is.
+    """
     right = _right(p, answer)
+    if right.all():
+        return ()
     met = np.array([condition.holds(x) for condition in conditions]).reshape(len(conditions), len(x))
     kept = list(range(len(conditions)))
     whole = met.all(axis=0)
-    target = (float(right[whole].mean()) if whole.any() else 0.0) - _LOSS
-    while kept:
+    own = float(right[whole].mean()) if whole.any() else 0.0
+    while len(kept) > 1 and own > right.mean():
         without = [met[[j for j in kept if j != i]].all(axis=0) for i in kept]
         purity = [float(right[rows].mean()) for rows in without]
         best = int(np.argmax(purity))
-        if purity[best] <= target:
+        if purity[best] <= own - _LOSS:
             break
         kept.pop(best)
     return tuple(conditions[i] for i in kept)
+
+
+def ordered_list(
+    rules: Sequence[Rule],
+    x: np.ndarray,
+    p: np.ndarray,
+    truth: tuple[np.ndarray, np.ndarray] | None,
+    *,
+    max_rules: int,
+    classes: Sequence[object],
+) -> RuleList:
+    """Rules in an order: each time the one that is right on most of the rows left over, less those that it is wrong on."""
+    answer, left = p.argmax(axis=1), np.ones(len(x), dtype=bool)
+    unseen = None if truth is None else np.ones(len(truth[0]), dtype=bool)
+    met = np.array([rule.holds(x) for rule in rules]).reshape(len(rules), len(x))
+    right = met & (answer == np.array([rule.index for rule in rules])[:, None])
+    taken = list[Rule]()
+    while len(taken) < max_rules and rules and left.any():
+        support, good = (met & left).sum(axis=1), (right & left).sum(axis=1)
+        best = int(np.argmax(2 * good - support))
+        if 2 * good[best] <= support[best]:
+            break
+        precision = None
+        if truth is not None and unseen is not None:
+            seen = unseen & rules[best].holds(truth[0])
+            precision = float((truth[1][seen] == rules[best].index).mean()) if seen.any() else None
+            unseen &= ~seen
+        n = int(support[best])
+        taken.append(replace(rules[best], support=n, purity=float(good[best] / n), precision=precision))
+        left &= ~met[best]
+    default = int(np.bincount(answer[left] if left.any() else answer, minlength=p.shape[1]).argmax())
+    return RuleList(tuple(taken), classes[default], default)

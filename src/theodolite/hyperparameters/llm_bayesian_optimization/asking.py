@@ -69,9 +69,9 @@ class Asker:
         """The trials whose prompt, with ``reserve`` tokens of answer, fits the window: the best half and the most recent half."""
         window = self.context_window
         if window is None:
-            if not isinstance(self.llm, LocalModel):
+            window = self.llm.window if isinstance(self.llm, LocalModel) else None
+            if window is None:
                 return list(trials)
-            window = int(self.llm.model.config.max_position_embeddings)
 
         def fits(some: Sequence[Trial]) -> bool:
             return self._tokens(build(some)) + reserve <= window

@@ -24,7 +24,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
-from theodolite.core.errors import InputError, require
+from theodolite.core.errors import DataError, InputError, require
 from theodolite.hyperparameters.llm_bayesian_optimization.surrogate import most_promising
 from theodolite.hyperparameters.space import Config, Float, Int, Optimizer, SearchSpace
 
@@ -148,8 +148,11 @@ class GaussianProcessSurrogate:
         self.space, self.seed = space, seed
 
     def fit(self, configs: Sequence[Mapping[str, Any]], scores: Any) -> "GaussianProcessSurrogate":
-        """Fit the kernel by the marginal likelihood."""
-        x = self.space.encode(configs)
+        """Fit the kernel by the marginal likelihood; failed trials (NaN) are left out."""
+        y = np.asarray(scores, dtype=np.float64)
+        if len(configs) != len(y) or not np.isfinite(y).any() or np.isinf(y).any():
+            raise DataError("need a score for each configuration, and finite ones")
+        x, y = self.space.encode(configs)[~np.isnan(y)], y[~np.isnan(y)]
         kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(0.5, (0.05, 20.0), nu=2.5)
         self._model = GaussianProcessRegressor(
             kernel + WhiteKernel(1e-3, (1e-6, 1.0)), normalize_y=True, random_state=self.seed
@@ -157,7 +160,7 @@ class GaussianProcessSurrogate:
         with warnings.catch_warnings():
             # with a few trials the length ends at a bound, which is what bounds are for
             warnings.simplefilter("ignore", ConvergenceWarning)
-            self._model.fit(x, np.asarray(scores, dtype=np.float64))
+            self._model.fit(x, y)
         return self
 
     def predict(

@@ -71,7 +71,12 @@ class TaskContext:
             get_scorer(scoring)
         except ValueError as error:
             raise InputError(f"scoring is a name that scikit-learn knows, got {scoring!r}") from error
-        table = X if isinstance(X, pd.DataFrame) else pd.DataFrame(np.asarray(X))
+        values = X if isinstance(X, pd.DataFrame) else np.asarray(X)
+        if values.ndim != 2:
+            raise DataError(
+                f"X must be a dense table of rows and columns, got {type(X).__name__} of shape {np.shape(X)}"
+            )
+        table = pd.DataFrame(values)
         target = np.asarray(y).ravel()
         if len(table) != len(target) or len(table) < 2:
             raise DataError(f"need as many targets as rows and at least two, got {len(table)} and {len(target)}")

@@ -37,7 +37,7 @@ class Candidate:
 @dataclass(frozen=True, eq=False)
 class CandidateSearch:
     """candidates with the loss of each on the rows that chose, the position of the chosen one (the first of the best), the
-    model with it, and the requests that were made.
+    model with it, and the requests and tokens that it took.
     """
 
     candidates: tuple[Candidate, ...]
@@ -45,6 +45,7 @@ class CandidateSearch:
     chosen: int
     model: VerbalizedClassifier | VerbalizedRegressor
     calls: int
+    tokens: int = 0
 
 
 def candidate_search(
@@ -65,23 +66,23 @@ def candidate_search(
     base: Any = clone(model)
     y = np.asarray(y)
     base.set_params(epochs=0, validation=0.0, accept="always").fit(X, y)
-    calls = 0
+    account = Account()
     if candidates is None:
+        if k < 1:
+            raise InputError(f"k is how many descriptions are written, at least 1; got {k}")
         if len(y) <= model.batch_size:
             raise DataError(
                 f"need more than batch_size={model.batch_size} rows: a batch to write from, others to choose by"
             )
-        chosen = _written(base, X, y, k)
-        calls += chosen[1]
-        candidates = chosen[0]
+        candidates = _written(base, X, y, k, account)
         X, y = _rows(X, slice(model.batch_size, None)), y[model.batch_size :]
     given = tuple(one if isinstance(one, Candidate) else Candidate(one) for one in candidates)
     if not given:
         raise InputError("there are no candidates to choose from")
     models = [_with(base, one) for one in given]
-    losses = np.array([one.loss(X, y) for one in models])
+    losses = np.array([one._loss(X, y, account) for one in models])
     best = int(losses.argmin())
-    return CandidateSearch(given, losses, best, models[best], calls + len(given) * len(y))
+    return CandidateSearch(given, losses, best, models[best], account.calls, account.tokens)
 
 
 def _with(base: Any, candidate: Candidate) -> Any:
@@ -95,10 +96,9 @@ def _with(base: Any, candidate: Candidate) -> Any:
     return made
 
 
-def _written(base: Any, X: Any, y: Any, k: int) -> tuple[list[str], int]:
+def _written(base: Any, X: Any, y: Any, k: int, account: Account) -> list[str]:
     rows = render(X)[0][: base.batch_size]
     targets = base._targets(y, len(y))[: base.batch_size]
-    account = Account()
     answers = base._ask(rows, base.theta_, account)
     there = np.flatnonzero(~np.isnan(answers))
     shown = optimizer_batch(
@@ -112,7 +112,7 @@ def _written(base: Any, X: Any, y: Any, k: int) -> tuple[list[str], int]:
     read = [found[1] for text in texts if (found := read_description(text)) is not None]
     if not read:
         raise OptimizerFormatError(f"none of {k} descriptions of {optimizer.name} could be read: {texts[:1]}")
-    return [text[: base.max_theta_chars] for text in read], account.calls
+    return [text[: base.max_theta_chars] for text in read]
 
 
 def in_context(model: VerbalizedClassifier | VerbalizedRegressor, X: Any, y: Any) -> Any:

@@ -163,7 +163,7 @@ class VerbalizedClassifier(ClassifierMixin, VerbalizedModel):
             raise DataError(f"y must be one class a row, none of them missing, got shape {names.shape}")
         classes = np.unique(names.astype(str) if names.dtype == object else names)
         if len(classes) < 2:
-            raise DataError(f"all rows are of one class, {classes[0]!r}; a classification needs two at least")
+            raise DataError(f"all rows are of one class, {classes[0]}; a classification needs two at least")
         if self.labels and len(self.labels) != len(classes):
             raise InputError(
                 f"{len(self.labels)} labels for {len(classes)} classes ({', '.join(map(str, classes[:5]))})"

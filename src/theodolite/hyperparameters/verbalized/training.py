@@ -38,7 +38,7 @@ class Update:
     the new ones could not be read or were not accepted. reasoning: the optimizer's, or its whole answer where that could not
     be read. loss_before: of the batch, before the step. loss_after_validation: on the rows set aside, of what the optimizer
     wrote, or of what stays where that could not be read; None without such rows. calls, tokens: of this step, whether the
-    model or its cache answered, so that a run that is repeated counts alike; scoring tells no tokens.
+    model or its cache answered, so that a run that is repeated counts alike.
     """
 
     step: int
@@ -72,6 +72,13 @@ class Account:
         made = model.chat_many(conversations, **options)
         self.tokens += sum(one.prompt_tokens + one.completion_tokens for one in made)
         return [one.text for one in made]
+
+    def score(self, model: LanguageModel, prompts: Sequence[str], continuations: Sequence[str]) -> np.ndarray:
+        """log p of each continuation after each prompt, (prompts, continuations)."""
+        self.spend(len(prompts))
+        made = model.score_many(prompts, continuations)
+        self.tokens += sum(one.tokens for one in made)
+        return np.array([one.logprobs for one in made])
 
 
 class VerbalizedModel(BaseEstimator, ABC):
@@ -206,9 +213,12 @@ class VerbalizedModel(BaseEstimator, ABC):
 
     def loss(self, X: Any, y: Any) -> float:
         """Mean squared error, or share of wrong classes, of the descriptions theta_; what could not be read counts as wrong."""
+        return self._loss(X, y, Account())
+
+    def _loss(self, X: Any, y: Any, account: Account) -> float:
         rows = self._known_rows(X)
         targets = self._targets(y, len(rows))
-        return float(self._losses(self._ask(rows, self._current(), Account()), targets).mean())
+        return float(self._losses(self._ask(rows, self._current(), account), targets).mean())
 
     def forecast_calls(self, rows: int) -> int:
         """Requests that `fit` makes for so many rows, without repairs: to learner and optimizer together."""
@@ -255,10 +265,9 @@ class VerbalizedModel(BaseEstimator, ABC):
 
     def _scores(self, rows: list[str], theta: str, account: Account) -> np.ndarray:
         """log p(label | prompt) for each label, (n, classes): the sum over all its tokens, each with one space before it."""
-        account.spend(len(rows))
         read = self._described(theta)
         words = [f" {word}" for word in self._label_words()]
-        return self.learner.score_table([scored_prompt(read, row, getattr(self, "cue", "")) for row in rows], words)
+        return account.score(self.learner, [scored_prompt(read, row, getattr(self, "cue", "")) for row in rows], words)
 
     def _described(self, theta: str) -> str:
         return described(getattr(self, "theta_initial_", self._first()), theta)

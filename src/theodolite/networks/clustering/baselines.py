@@ -42,7 +42,7 @@ def baseline_labels(
     unknown = set(names) - {*PLAIN, *DEEP}
     if unknown:
         raise InputError(f"there is no baseline {', '.join(sorted(unknown))}; there are: {', '.join((*PLAIN, *DEEP))}")
-    rows = torch.as_tensor(X, dtype=torch.float32)
+    rows = _rows(X)
     flat = rows.reshape(len(rows), -1).cpu().numpy()
     options: dict[str, Any] = {"n_init": _STARTS, "random_state": seed}
     found: dict[str, np.ndarray] = {}
@@ -103,7 +103,7 @@ def deep_embedded_clustering(
 
     Source: Xie, Girshick, Farhadi, 2016, arXiv:1511.06335.
     """
-    rows = torch.as_tensor(X, dtype=torch.float32)
+    rows = _rows(X)
     if epochs < 1 or not 1 <= batch_size <= len(rows) or not 2 <= n_clusters <= len(rows):
         raise InputError(
             f"need epochs >= 1, and batch_size and n_clusters within {len(rows)} rows; got {epochs}, {batch_size}, {n_clusters}"
@@ -148,6 +148,11 @@ def deep_embedded_clustering(
         with torch.no_grad():
             labels = _student(view(rows), centers).argmax(dim=1)
     return plain.labels_.astype(np.int64), labels.numpy()
+
+
+def _rows(X: Any) -> Tensor:
+    """Rows of an array, a tensor, a frame or lists."""
+    return X.to(torch.float32) if isinstance(X, Tensor) else torch.from_numpy(np.array(X, dtype=np.float32))
 
 
 def _student(codes: Tensor, centers: Tensor) -> Tensor:

@@ -412,7 +412,8 @@ class TELL(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
         if len(shape) != len(fitted) or (len(shape) > 1 and shape != fitted):
             raise InputError(f"rows have shape {shape}, fitted were rows of shape {fitted}")
         if len(shape) in (2, 3):
-            rows = torch.as_tensor(X).detach().to(torch.float32)
+            given: Any = X.detach() if isinstance(X, Tensor) else torch.from_numpy(np.array(X, dtype=np.float32))
+            rows = given.to(torch.float32)
             if rows.numel() == 0:
                 raise DataError(f"X has shape {tuple(rows.shape)}: there is nothing in it")
         else:  # tables are scikit-learn's matter: names of columns, lists, sparse matrices

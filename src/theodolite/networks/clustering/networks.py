@@ -1,5 +1,8 @@
 """The published encoders and decoders: convolutional for images, fully connected for everything else.
 
+The published code ends the fully connected decoder in a sigmoid, as suits pixels; here its output is free, since new rows of a
+table go beyond the range of those seen, and since it then trains sooner.
+
 Both take inputs in their own units: one shift and one factor for all numbers together bring them to [0, 1], which keeps
 distances but for that factor, and the decoder gives the units back.
 """
@@ -97,7 +100,6 @@ def _conv(shape: tuple[int, ...], latent_dim: int) -> tuple[nn.Module, nn.Module
         nn.Linear(latent_dim, _HIDDEN),
         nn.ReLU(),
         nn.Linear(_HIDDEN, math.prod(small)),
-        nn.ReLU(),
         nn.Unflatten(1, small),
         *_block(nn.ConvTranspose2d(16, 32, 3, stride=2, padding=1, output_padding=1)),
         *_block(nn.ConvTranspose2d(32, 32, 3, padding=1)),

@@ -86,8 +86,10 @@ class S4DClassifier(nn.Module):
         """Scores of whole series."""
         if x.ndim == 2 and self.d_input == 1:
             x = x[..., None]
-        if x.ndim != 3 or x.shape[2] != self.d_input:
-            raise InputError(f"this network takes (batch, length, {self.d_input}), got {tuple(x.shape)}")
+        if x.ndim != 3 or x.shape[2] != self.d_input or not x.is_floating_point():
+            raise InputError(
+                f"this network takes real (batch, length, {self.d_input}), got {tuple(x.shape)} of {x.dtype}"
+            )
         x = self.encoder(x)
         for block in self.blocks:
             x = block(x)
@@ -100,8 +102,8 @@ class S4DClassifier(nn.Module):
 
     def step(self, x: Shaped[Tensor, "..."], state: ClassifierState) -> tuple[Tensor, ClassifierState]:
         """Read one sample x (B, d_input): the scores of the series up to it, and the next state."""
-        if x.ndim != 2 or x.shape[1] != self.d_input:
-            raise InputError(f"step takes (batch, {self.d_input}), got {tuple(x.shape)}")
+        if x.ndim != 2 or x.shape[1] != self.d_input or not x.is_floating_point():
+            raise InputError(f"step takes real (batch, {self.d_input}), got {tuple(x.shape)} of {x.dtype}")
         y, after = self.encoder(x), []
         for block, before in zip(self._blocks(), state.layers, strict=True):
             y, new = block.step(y, before)

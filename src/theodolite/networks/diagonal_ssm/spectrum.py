@@ -2,6 +2,7 @@
 
 __all__ = ["INITS", "check_states", "initial_input", "initial_spectrum"]
 
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ INITS = ("lin", "inv", "quad", "legs", "real", "random")
 
 def check_states(n_state: int) -> None:
     """Raise InputError for a number of states that has no conjugate halves."""
-    if n_state < 2 or n_state % 2:
-        raise InputError(f"n_state counts conjugate pairs, so it must be even and at least 2, got {n_state}")
+    if not isinstance(n_state, Integral) or n_state < 2 or n_state % 2:
+        raise InputError(f"n_state counts conjugate pairs, so it must be even and at least 2, got {n_state!r}")
 
 
 def initial_spectrum(

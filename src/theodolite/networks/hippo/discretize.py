@@ -35,6 +35,8 @@ def discretize(
     A, B = np.asarray(A, dtype=np.float64), np.asarray(B, dtype=np.float64)
     if A.ndim != 2 or A.shape[0] != A.shape[1] or B.shape != A.shape[:1]:
         raise InputError(f"need A (N, N) and B (N,), got {A.shape} and {B.shape}")
+    if not (np.isfinite(A).all() and np.isfinite(B).all()):
+        raise InputError("A and B must be finite numbers")
     check_step(dt)
     if method not in ("zoh", "bilinear"):
         raise InputError(f"there is no method {method!r}; there are zoh and bilinear")

@@ -2,6 +2,8 @@
 
 __all__ = ["basis", "ssm_kernel", "weight"]
 
+from functools import lru_cache
+
 import numpy as np
 from jaxtyping import Float
 from numpy.polynomial.legendre import legvander
@@ -10,6 +12,8 @@ from scipy.linalg import expm
 
 from theodolite.core.errors import InputError
 from theodolite.networks.hippo.matrices import WINDOWED, check_measure
+
+_KEPT = 64  # matrix exponentials of uneven times that are kept
 
 
 def basis(measure: str, n_state: int, times: ArrayLike) -> Float[np.ndarray, "time n"]:
@@ -60,7 +64,7 @@ def weight(measure: str, times: ArrayLike) -> Float[np.ndarray, " time"]:
 def ssm_kernel(
     A: Float[np.ndarray, "n n"], B: Float[np.ndarray, " n"], times: ArrayLike
 ) -> Float[np.ndarray, "time n"]:
-    """e^(tA) B (T, N) in float64, whatever A is: one matrix exponential for each different gap between sorted times.
+    """e^(tA) B (T, N) in float64, whatever A is: a matrix exponential for each different gap between sorted times.
 
     On an even grid that is one exponential, and its powers carry ever longer runs of the kernel on at once.
     Raises InputError for shapes that do not fit and for times that are negative or not finite.
@@ -81,10 +85,10 @@ def ssm_kernel(
     if len(gaps) and np.ptp(gaps) <= 8 * np.finfo(float).eps * t.max():
         out[order] = powers(expm(A * ((t.max() - t.min()) / len(gaps))), first, len(t))
         return out
-    steps = {gap: expm(A * gap) for gap in set(gaps.tolist())}
+    step = lru_cache(maxsize=_KEPT)(lambda gap: expm(A * gap))
     out[order[0]] = first
     for before, here, gap in zip(order[:-1], order[1:], gaps.tolist(), strict=True):
-        out[here] = steps[gap] @ out[before]
+        out[here] = step(gap) @ out[before]
     return out
 
 

@@ -4,6 +4,7 @@ __all__ = ["MEASURES", "NPLR", "WINDOWED", "hippo_matrix", "low_rank_correction"
 
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,8 @@ def check_measure(measure: str, n_state: int) -> None:
     """Raise InputError for a measure or a state size that has no matrix."""
     if measure not in MEASURES:
         raise InputError(f"there is no measure {measure!r}; there are {', '.join(MEASURES)}")
-    if n_state < 1:
-        raise InputError(f"n_state must be at least 1, got {n_state}")
+    if not isinstance(n_state, Integral) or n_state < 1:
+        raise InputError(f"n_state must be a whole number of at least 1, got {n_state!r}")
     if measure in ("fout", "foud") and n_state % 2:
         raise InputError(f"{measure} pairs a cosine with a sine, so n_state must be even, got {n_state}")
 

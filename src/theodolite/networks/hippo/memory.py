@@ -4,6 +4,7 @@ __all__ = ["DelayReadout", "HippoMemory", "recall_error", "ridge"]
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -87,12 +88,15 @@ class HippoMemory(TransformerMixin, BaseEstimator):
 
     def update(self, u_t: ArrayLike) -> Float[np.ndarray, "channel n"]:
         """The state (C, N) after one more sample, a number or (C,)."""
-        sample, step = _series(np.atleast_1d(np.asarray(u_t, dtype=np.float64))[None]), self._step()
+        sample, step = _series(np.atleast_1d(u_t)[None]), self._step()
         state = getattr(self, "state_", None)
         if state is None:
             state, self.steps_ = np.zeros((sample.shape[1], self.n_state)), 0
         if state.shape != (sample.shape[1], self.n_state):
-            raise InputError(f"the stream has {state.shape[0]} channels, this sample has {sample.shape[1]}")
+            raise InputError(
+                f"the stream has {state.shape[0]} channels of {state.shape[1]} states, this sample {sample.shape[1]} of "
+                f"{self.n_state}; start another stream by transform or a new memory"
+            )
         self.steps_ += 1
         if step is None:
             state = _stretched_step(state, sample[0], self.steps_)
@@ -177,7 +181,11 @@ def _system(measure: str, n_state: int, step: float) -> tuple[np.ndarray, np.nda
 
 
 def _series(u: ArrayLike) -> Float[np.ndarray, "time channel"]:
-    values = np.asarray(u, dtype=np.float64)
+    given: Any = u
+    try:
+        values = np.asarray(given.detach().cpu() if hasattr(given, "detach") else given, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"a series is rows of numbers, all of one length: {error}") from error
     values = values[:, None] if values.ndim == 1 else values
     if values.ndim != 2 or 0 in values.shape:
         raise DataError(f"a series is (T,) or (T, channels) with at least one sample, got shape {np.shape(u)}")

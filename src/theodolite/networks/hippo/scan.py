@@ -36,8 +36,8 @@ class MemoryScan:
     test rows. random_recall: of as many random frequencies, shuffled_recall: of the chosen measure on windows whose samples
     are in random order, both with their own best memory by the validation rows. needed: the shortest memory from
     which the target is told within one standard error of the best on the validation rows; 1 where the last value alone will
-    do. needed_error and last_error: on the test rows, from that memory and from the last values. wanted: the grid's end was
-    reached, so that longer windows may ask for more.
+    do. needed_error and last_error: on the test rows, from that memory and from the last values; gain: how much smaller the
+    first is, on the same rows. wanted: the grid's end was reached, so that longer windows may ask for more.
     """
 
     measures: tuple[str, ...]
@@ -55,6 +55,7 @@ class MemoryScan:
     needed_measure: str | None
     needed_error: Estimate
     last_error: Estimate
+    gain: Estimate
     wanted: bool
 
 
@@ -85,7 +86,7 @@ def memory_scan(
     steps = data.train.x.shape[1]
     if steps < 16:
         raise DataError(f"{data.name}: windows of {steps} steps are too short for a memory scan; use at least 16")
-    states = n_state or min(_STATES, steps // 8 * 2)
+    states = min(_STATES, steps // 8 * 2) if n_state is None else n_state
     for measure in measures:
         check_measure(measure, states)
     if memory_steps is None:
@@ -115,6 +116,11 @@ def memory_scan(
     needed, needed_measure, at = _needed(told, last, grid, parts[1].groups)
     unit = "of the rows" if classes else "of the spread"
 
+    measured = _share if classes else _ratio
+
+    def gained(both: np.ndarray) -> float:
+        return measured(both[:, 2:]) - measured(both[:, :2])
+
     def spread(pairs: np.ndarray, unit: str, share: bool = False) -> Estimate:
         return bootstrap(
             pairs, _share if share else _ratio, seed=seed, resamples=300, unit=unit, groups=parts[2].groups
@@ -127,7 +133,7 @@ def memory_scan(
         steps=steps,
         recall=np.array([[_ratio(t) for _, t in recalled[m]] for m in measures]),
         random=np.array([_ratio(t) for _, t in random_found]),
-        target=np.array([[(_share if classes else _ratio)(t) for _, t in told[m]] for m in measures]),
+        target=np.array([[measured(t) for _, t in told[m]] for m in measures]),
         chosen=(best, float(grid[place])),
         chosen_recall=spread(recalled[best][place][1], "of the spread"),
         random_recall=spread(_best(random_found), "of the spread"),
@@ -136,6 +142,14 @@ def memory_scan(
         needed_measure=needed_measure,
         needed_error=spread(at[1], unit, bool(classes)),
         last_error=spread(last[1], unit, bool(classes)),
+        gain=bootstrap(
+            np.concatenate([at[1], last[1]], axis=1),
+            gained,
+            seed=seed,
+            resamples=300,
+            unit=unit,
+            groups=parts[2].groups,
+        ),
         wanted=bool(needed >= grid.max() / 2),
     )
 
@@ -153,7 +167,7 @@ def _part(rows: Rows, scale: np.ndarray, classes: int) -> _Part:
     x = rows.x[:, :, :_CHANNELS].double().numpy()[:, ::-1] / scale
     y = rows.y.numpy()
     target = np.eye(classes)[y] if classes else y.astype(np.float64)[:, None]
-    groups = None if rows.groups is None else rows.groups.numpy()
+    groups = rows.blocks
     return _Part(np.ascontiguousarray(x.transpose(2, 0, 1)), target, groups)
 
 

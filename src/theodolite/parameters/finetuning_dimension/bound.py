@@ -6,13 +6,13 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from theodolite.core.errors import InputError
 from theodolite.parameters.finetuning_dimension.subspace import FineTuningSubspace
-from theodolite.parameters.finetuning_dimension.training import chance_level, check_part, scores
+from theodolite.parameters.finetuning_dimension.training import chance_level, read_part, scores
 
 _SEED_BITS, _RANGE_BITS = 64, 64
 
@@ -47,7 +47,7 @@ def compression_bound(
             f"got {n_samples}, {n_coordinates}, {bits}, {extra_bits}"
         )
     nats = (n_coordinates * bits + extra_bits) * math.log(2) + math.log(1 / delta)
-    return empirical_risk + math.sqrt(nats / (2 * n_samples))
+    return float(empirical_risk) + math.sqrt(nats / (2 * n_samples))
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ class CompressionCertificate:
 
 def compression_certificate(
     subspace: FineTuningSubspace,
-    train: Mapping[str, Tensor],
+    train: Mapping[str, Any],
     *,
     bits: int = 8,
     delta: float = 0.05,
@@ -112,7 +112,7 @@ def compression_certificate(
 
     Raises DataError for rows without labels.
     """
-    check_part(train, "train", "accuracy")
+    train = read_part(train, "train", "accuracy")
     if configurations < 1:
         raise InputError(f"configurations must be at least 1, got {configurations}")
     labels = train["labels"]

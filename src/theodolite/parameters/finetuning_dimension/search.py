@@ -22,9 +22,9 @@ from theodolite.parameters.finetuning_dimension.subspace import FineTuningSubspa
 from theodolite.parameters.finetuning_dimension.training import (
     chance_level,
     check_fit,
-    check_part,
     fine_tune,
     quality,
+    read_part,
     scores,
 )
 
@@ -90,7 +90,7 @@ class _Run:
 
 def fine_tuning_dimension(
     build: Build,
-    data: Dataset | Parts,
+    data: Dataset | Mapping[str, Mapping[str, Any]],
     *,
     method: str = "said",
     dimensions: Iterable[SupportsInt] = (10, 20, 50, 100, 200, 500, 1000, 2000),
@@ -115,7 +115,7 @@ def fine_tuning_dimension(
     """Find d90: how many free directions fine-tuning this pretrained network on these data needs.
 
     build(seed) or build(): the pretrained network with a fresh head. data: {"train", "validation", "test"} with columns of
-    tensors each, among them "labels", or a `Dataset`. Columns that ``forward`` names go in by name, others by place.
+    tensors or arrays each, among them "labels", or a `Dataset`. Columns that ``forward`` names go in by name, others by place.
     Every d is trained with every learning rate and seed (of head, P, order and dropout); the learning rate of each d, of
     full fine-tuning and of the head alone is the one with the best mean validation quality. The hashed map's columns have
     length 1 over all tensors together, so it needs larger steps than a map for each tensor, by about the square root of
@@ -227,7 +227,9 @@ def fine_tuning_dimension(
     )
 
 
-def pretraining_trajectory(checkpoints: Mapping[int, Build], data: Dataset | Parts, **options: Any) -> pd.DataFrame:
+def pretraining_trajectory(
+    checkpoints: Mapping[int, Build], data: Dataset | Mapping[str, Mapping[str, Any]], **options: Any
+) -> pd.DataFrame:
     """d90 of each checkpoint of one pretraining run: a table with step, d90, full, d90_above_chance, head_only and chance.
 
     checkpoints: {step: build}, build as in `fine_tuning_dimension`, which takes the options; each checkpoint has its own
@@ -299,9 +301,7 @@ def _parts(data: Any, metric: str) -> Parts:
     if not isinstance(data, Mapping) or set(names) - set(data):
         given = sorted(data) if isinstance(data, Mapping) else type(data).__name__
         raise DataError(f"data must be a Dataset or have the parts train, validation and test, got {given}")
-    for name in names:
-        check_part(data[name], name, metric)
-    return {name: data[name] for name in names}
+    return {name: read_part(data[name], name, metric) for name in names}
 
 
 def _start(build: Build, seed: int) -> nn.Module:

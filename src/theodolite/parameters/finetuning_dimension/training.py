@@ -1,6 +1,6 @@
 """How a network is fine-tuned and scored on columns of tensors (token ids and masks, or images), arXiv:2012.13255, section 4."""
 
-__all__ = ["METRICS", "chance_level", "check_fit", "check_part", "fine_tune", "quality", "scores"]
+__all__ = ["METRICS", "chance_level", "check_fit", "fine_tune", "quality", "read_part", "scores"]
 
 import inspect
 import math
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from theodolite.core.errors import DataError, InputError, ModelError, TrainingCollapsedError
 from theodolite.core.memory import bytes_per_row, chunk_rows
-from theodolite.core.view import evaluation_mode
+from theodolite.core.view import evaluation_mode, model_input
 from theodolite.parameters.finetuning_dimension.subspace import FineTuningSubspace
 
 METRICS = ("accuracy", "f1", "matthews", "r2")
@@ -27,13 +27,17 @@ _ROWS = 256
 Columns = Mapping[str, Tensor]
 
 
-def check_part(part: Any, name: str, metric: str) -> None:
-    """Raise DataError unless ``part`` is columns of one length with usable labels."""
+def read_part(part: Any, name: str, metric: str) -> dict[str, Tensor]:
+    """``part`` with its columns as tensors; DataError unless they are of one length, with usable labels."""
     if metric not in METRICS:
         raise InputError(f"metric is one of {', '.join(METRICS)}, got {metric!r}")
     if not isinstance(part, Mapping) or "labels" not in part or len(part) < 2:
         given = sorted(part) if isinstance(part, Mapping) else type(part).__name__
         raise DataError(f'{name} must be columns of tensors with "labels" and at least one input, got {given}')
+    try:
+        part = {column: model_input(None, values) for column, values in part.items()}
+    except (TypeError, ValueError) as error:
+        raise DataError(f"columns of {name} must be tensors or arrays of numbers: {error}") from error
     labels = part["labels"]
     lengths = {column: len(values) for column, values in part.items()}
     if len(set(lengths.values())) > 1 or len(labels) == 0:
@@ -41,7 +45,7 @@ def check_part(part: Any, name: str, metric: str) -> None:
     if metric == "r2":
         if not bool(torch.isfinite(labels).all()):
             raise DataError(f"labels of {name} hold NaN or infinite values")
-        return
+        return part
     if labels.is_floating_point() or labels.ndim != 1:
         raise DataError(
             f"labels of {name} must be class indices (n,), got {labels.dtype} of shape {tuple(labels.shape)}"
@@ -50,6 +54,7 @@ def check_part(part: Any, name: str, metric: str) -> None:
         raise DataError(f"labels of {name} must be class indices from 0, got {int(labels.min())}")
     if name == "train" and len(torch.unique(labels)) < 2:
         raise DataError(f"all training rows are of class {int(labels[0])}; fine-tuning needs at least two classes")
+    return part
 
 
 def check_fit(model: nn.Module, parts: Mapping[str, Columns], metric: str) -> None:
@@ -203,7 +208,7 @@ def _answer(model: nn.Module, part: Columns, index: Tensor) -> Tensor:
             column: values[:, :width] if values.ndim > 1 and values.shape[1] == full else values
             for column, values in batch.items()
         }
-    batch = {column: values.to(device) for column, values in batch.items()}
+    batch = {column: model_input(model, values).to(device) for column, values in batch.items()}
     inner = model.model if isinstance(model, FineTuningSubspace) else model
     out = model(**batch) if _by_keyword(inner, batch) else model(*batch.values())
     found = getattr(out, "logits", out[0] if isinstance(out, tuple) else out)

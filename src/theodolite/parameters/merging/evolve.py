@@ -31,6 +31,7 @@ from theodolite.parameters.merging.methods import Merger
 from theodolite.parameters.merging.routing import RoutingResult, block_lists, evolve_routing
 from theodolite.parameters.merging.search import cma_search
 from theodolite.parameters.merging.states import layer_groups
+from theodolite.parameters.weights import as_patterns
 
 Measure = Callable[[nn.Module], float]
 
@@ -161,7 +162,7 @@ def evolve_weights(
     sign_method: str = "sum",
     ignore: Iterable[str] | str | None = None,
     recompute_statistics: Any = None,
-    baselines: Iterable[str] = BASELINES,
+    baselines: Iterable[str] | str = BASELINES,
     on_generation: Callable[[int, float], None] | None = None,
 ) -> MergeResult:
     """Find the weights (and densities) for each group of tensors and source whose merge has the largest ``fitness``.
@@ -190,7 +191,7 @@ def evolve_weights(
     """
     if not callable(fitness):
         raise InputError(f"fitness must be a function of a model, got {type(fitness).__name__}; see accuracy_fitness")
-    wanted = list(baselines)
+    wanted = as_patterns(baselines) or []
     if unknown := [name for name in wanted if name not in BASELINES]:
         raise InputError(f"there are no baselines {unknown}; choose from {', '.join(BASELINES)}")
     if screen is not None and batch_evaluate is not None:

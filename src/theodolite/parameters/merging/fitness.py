@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from theodolite.core.errors import DataError, InputError
 from theodolite.core.memory import bytes_per_row, chunks
-from theodolite.core.view import evaluation_mode
+from theodolite.core.view import evaluation_mode, model_input
 
 _NOT_COUNTED = -100  # a target that no loss is taken of
 
@@ -38,33 +37,40 @@ class Fitness:
         return self.measure(model)[0]
 
 
-def accuracy_fitness(x: Shaped[Tensor, "row ..."], y: Int[Tensor, " target"], *, memory: int | None = None) -> Fitness:
+def accuracy_fitness(x: Any, y: Any, *, memory: int | None = None) -> Fitness:
     """Share of the rows ``x`` whose largest score is at ``y``, in pieces that fit ``memory`` bytes (default 1 GiB).
 
-    Its standard error is binomial. Raises DataError for no rows or another number of targets.
+    x, y: (n, ...) rows and (n,) class indices, tensors or arrays. Its standard error is binomial. Raises DataError for no
+    rows and for targets that are of another number or no class indices.
 
     >>> accuracy_fitness(torch.eye(3), torch.tensor([0, 1, 1]))(nn.Identity())
     0.6666666666666666
     """
-    _same_rows(x, y)
+    x, y = model_input(None, x), model_input(None, y)
+    if len(x) == 0 or y.shape != x.shape[:1] or y.is_floating_point():
+        raise DataError(
+            f"need as many targets as rows and at least one, each a class index; got {len(x)} rows and targets of shape "
+            f"{tuple(y.shape)}, {y.dtype}"
+        )
     cost = list[float]()
 
     def measure(model: nn.Module) -> tuple[float, float]:
-        right = torch.zeros((), dtype=torch.long, device=y.device)
-        for part in chunks(len(x), _row_cost(cost, model, x), memory):
-            right += (_scores(model, x[part]).argmax(dim=-1) == y[part]).sum()
+        rows, right = model_input(model, x), torch.zeros((), dtype=torch.long, device=y.device)
+        for part in chunks(len(rows), _row_cost(cost, model, rows), memory):
+            right += (_scores(model, rows[part]).argmax(dim=-1) == y[part]).sum()
         share = int(right) / len(x)
         return share, math.sqrt(share * (1 - share) / len(x))
 
     return Fitness(measure, f"accuracy on {len(x):,} rows")
 
 
-def perplexity_fitness(tokens: Int[Tensor, "..."], *, mask: Tensor | None = None, memory: int | None = None) -> Fitness:
+def perplexity_fitness(tokens: Any, *, mask: Any = None, memory: int | None = None) -> Fitness:
     """Minus the perplexity exp(mean negative log-likelihood of a next token) of a causal language model.
 
     tokens: rows of equal length. mask: (row, position), False for padding that is neither read nor counted. The standard
     error treats rows as independent. Raises DataError for rows of fewer than two tokens.
     """
+    tokens, mask = model_input(None, tokens), None if mask is None else model_input(None, mask)
     if tokens.ndim != 2 or len(tokens) == 0 or tokens.shape[1] < 2:
         raise DataError(f"perplexity needs rows of at least two tokens, got {tuple(tokens.shape)}")
     if mask is not None and mask.shape != tokens.shape:
@@ -93,9 +99,7 @@ def perplexity_fitness(tokens: Int[Tensor, "..."], *, mask: Tensor | None = None
     return Fitness(measure, f"negative perplexity on {len(tokens):,} texts")
 
 
-def multi_fitness(
-    fitnesses: Sequence[Callable[[nn.Module], float]], *, weights: Sequence[float] | None = None
-) -> Fitness:
+def multi_fitness(fitnesses: Any, *, weights: Sequence[float] | None = None) -> Fitness:
     """The weighted mean of several fitnesses; ``weights`` are divided by their sum (None: all alike).
 
     The standard error takes the parts as independent, and a part that is a plain function as exact.
@@ -104,8 +108,8 @@ def multi_fitness(
     >>> half(nn.Identity())
     0.75
     """
-    if not fitnesses:
-        raise InputError("multi_fitness needs at least one fitness")
+    if not isinstance(fitnesses, Sequence) or not fitnesses or not all(map(callable, fitnesses)):
+        raise InputError("multi_fitness needs a list of at least one fitness, each a function of a model")
     given = [1.0] * len(fitnesses) if weights is None else [float(w) for w in weights]
     if len(given) != len(fitnesses) or min(given) < 0 or sum(given) <= 0:
         raise InputError(f"need {len(fitnesses)} weights of at least 0 and not all 0, got {weights}")
@@ -129,11 +133,6 @@ def value_and_error(fitness: Callable[[nn.Module], float], model: nn.Module) -> 
         return float(value), None
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"a fitness must give one number for a model, it gave {type(value).__name__}") from error
-
-
-def _same_rows(x: Tensor, y: Tensor) -> None:
-    if len(x) == 0 or len(x) != len(y):
-        raise DataError(f"need as many targets as rows and at least one, got {len(x)} rows and {len(y)} targets")
 
 
 def _scores(model: nn.Module, rows: Tensor, **options: Any) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from theodolite.core.errors import InputError, ModelError
 from theodolite.core.memory import DEFAULT_BUDGET, bytes_per_row, chunks
-from theodolite.core.view import evaluation_mode
+from theodolite.core.view import evaluation_mode, model_input
 from theodolite.parameters.merging.formulas import (
     METHODS,
     arc_weights,
@@ -114,10 +114,9 @@ def task_vector(model: Any, base: Any) -> dict[str, Tensor]:
     {'w': tensor([2.])}
     """
     state, start = as_state(model, "model"), as_state(base, "base")
-    if state.keys() == start.keys() and all(torch.equal(state[name], start[name]) for name in state):
-        return {name: torch.zeros_like(state[name], dtype=torch.float32) for name in state}
-    read = read_sources([state, start])
-    return {name: exact(state[name]) - exact(start[name]) for name in read.merged}
+    return {
+        name: exact(state[name]) - exact(start[name]) for name in read_sources([state, start], distinct=False).merged
+    }
 
 
 class Merger:
@@ -382,7 +381,7 @@ def _seed_of(seed: int, name: str, source: int) -> int:
 
 
 def _as_batches(given: Any) -> list[Any]:
-    if isinstance(given, Tensor):
+    if hasattr(given, "__array__"):
         return [given]
     batches = list(given)
     if not batches:
@@ -420,6 +419,7 @@ def _run(model: nn.Module, batch: Any) -> None:
     elif isinstance(batch, (tuple, list)):
         model(*batch)
     else:
+        batch = model_input(model, batch)
         with evaluation_mode(model):
             row_bytes = bytes_per_row(model, batch[:1], gradients=False)
         for part in chunks(len(batch), row_bytes):

@@ -56,12 +56,17 @@ def as_state(source: Any, what: str) -> State:
 
 
 def read_sources(
-    sources: Any, base: Any = None, *, ignore: Iterable[str] | str | None = None, needs_base: str | None = None
+    sources: Any,
+    base: Any = None,
+    *,
+    ignore: Iterable[str] | str | None = None,
+    needs_base: str | None = None,
+    distinct: bool = True,
 ) -> Sources:
     """Check that all sources (and the base) are versions of one model and sort their tensors.
 
     needs_base: the name of a method that cannot do without a base, or None. ignore: patterns of tensors that may
-    differ in name or shape; they are taken from the base, or from the first source.
+    differ in name or shape; they are taken from the base, or from the first source. distinct: refuse equal sources.
 
     Raises InputError for fewer than two sources, a missing base and identical sources, ModelError where names, shapes,
     vocabularies, ties or kinds of numbers differ.
@@ -95,7 +100,7 @@ def read_sources(
     if not merged:
         raise ModelError(f"no tensor is left to merge after ignore={patterns}; the sources have {len(names)} tensors")
     for (i, one), (k, other) in combinations(enumerate(states, start=1), 2):
-        if all(torch.equal(one[name], other[name]) for name in merged):
+        if distinct and all(torch.equal(one[name], other[name]) for name in merged):
             raise InputError(f"source {k} holds the same weights as source {i}; leave one of them out")
     return Sources(states, start, tuple(merged), aliases, tuple(copied), tuple(statistics))
 

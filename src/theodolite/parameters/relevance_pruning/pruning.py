@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
 from theodolite.core.curve import QualityCurve
@@ -19,10 +18,10 @@ from theodolite.core.masks import UnitMask, coupled_units, footprint, prune_unit
 from theodolite.core.masks.transformers import is_transformer
 from theodolite.core.parallel import seeds_for
 from theodolite.core.train import Recipe, train
-from theodolite.core.view import ModelView
+from theodolite.core.view import ModelView, model_input
 from theodolite.parameters.relevance_pruning.relevance import first_scores
 from theodolite.parameters.relevance_pruning.scores import CRITERIA, unit_scores
-from theodolite.parameters.relevance_pruning.targets import read_targets
+from theodolite.parameters.relevance_pruning.targets import as_targets, read_targets
 from theodolite.parameters.weights import as_patterns, matches
 
 _COLUMNS = ["criterion", "fraction_units", "fraction_params", "fraction_macs", "accuracy", "loss"]
@@ -68,6 +67,7 @@ class RelevancePruner:
 
     Source: Yeom et al., 2021, arXiv:1912.08881, algorithm 1.
 
+    >>> import torch
     >>> torch.manual_seed(0) and None
     >>> net = nn.Sequential(nn.Linear(2, 20), nn.ReLU(), nn.Linear(20, 2))
     >>> x = torch.randn(100, 2)
@@ -93,18 +93,18 @@ class RelevancePruner:
         The reference rows (and with fine_tune the training rows) come from X; accuracy is measured on test, or on the
         rows of X that are no reference rows.
         """
-        began, x, labels = time.perf_counter(), torch.as_tensor(X), torch.as_tensor(y)
+        began = time.perf_counter()
         if self.step is not None and not 0 < self.step < 1:
             raise InputError(f"step must be a share between 0 and 1, or None, got {self.step}")
         if self.fine_tune is not None and test is None:
             raise InputError("with fine_tune the accuracy needs rows of its own; give test=(X, y)")
         _refuse_transformers(model)
-        first_scores(model, x)
+        x, labels = _read(model, X, y)
         chosen = draw_reference(labels, self.n_per_class, seed=self.seed)
         rest = np.setdiff1d(np.arange(len(x)), chosen)
         if test is None and len(rest) == 0:
             raise DataError("every row is a reference row, so none is left to measure accuracy on; give test=(X, y)")
-        held_out = (x[rest], labels[rest]) if test is None else tuple(torch.as_tensor(part) for part in test)
+        held_out = (x[rest], labels[rest]) if test is None else _read(model, *test)
         steps = self._steps(_candidates(model, x[:1], self.layers))
         reference = (x[chosen], labels[chosen])
         smaller: nn.Module = model
@@ -159,6 +159,13 @@ def _refuse_transformers(model: nn.Module) -> None:
         )
 
 
+def _read(model: nn.Module, X: object, y: object) -> tuple[Tensor, Tensor]:
+    """Rows and their targets as tensors, once the network is seen to take them."""
+    x = model_input(model, X)
+    first_scores(model, x)
+    return x, as_targets(y)
+
+
 def _candidates(model: nn.Module, example: Tensor, layers: Iterable[str] | str | None) -> int:
     """How many units have a member in the chosen layers."""
     coupling, patterns = coupled_units(model, example), as_patterns(layers)
@@ -169,10 +176,10 @@ def _candidates(model: nn.Module, example: Tensor, layers: Iterable[str] | str |
 def draw_reference(y: object, n_per_class: int, *, seed: int) -> np.ndarray:
     """Indices of n_per_class rows of each class (all where there are fewer), or of that many rows of a regression.
 
-    >>> len(draw_reference(torch.tensor([0, 0, 0, 1]), 2, seed=0))
+    >>> len(draw_reference([0, 0, 0, 1], 2, seed=0))
     3
     """
-    labels = torch.as_tensor(y).cpu()
+    labels = as_targets(y).cpu()
     if n_per_class < 1 or len(labels) == 0:
         raise DataError(f"need at least one reference row a class, got {n_per_class} of {len(labels)} rows")
     rng = np.random.default_rng(seed)
@@ -239,6 +246,7 @@ def compare_criteria(
     reference: rows to draw n_per_class of each class from; test: rows that accuracy is measured on. The draws are the same
     for all criteria. layers: that may lose units; an amount counts theirs. Amount 0 is the whole network.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> x, y = torch.randn(40, 2), torch.arange(40) % 2
     >>> compared = compare_criteria(net, (x, y), (x, y), [0.25, 0.5], repeats=2, criteria=["lrp", "weight"])
@@ -253,12 +261,15 @@ def compare_criteria(
             f"got {list(criteria)}, {amounts}, {repeats}"
         )
     _refuse_transformers(model)
-    x, y = (torch.as_tensor(part) for part in reference)
-    held_out = tuple(torch.as_tensor(part) for part in test)
-    rows = []
+    x, y = _read(model, *reference)
+    held_out = _read(model, *test)
+    rows, weight = [], list[tuple[Any, ...]]()
     for draw, draw_seed in enumerate(seeds_for(seed, repeats)):
         chosen = draw_reference(y, n_per_class, seed=draw_seed)
         for criterion in criteria:
+            if criterion == "weight" and weight:  # it looks at no row, so every draw is as the first
+                rows += [(*row[:-1], draw) for row in weight]
+                continue
             with warnings.catch_warnings():
                 if draw > 0:
                     warnings.filterwarnings("ignore", message=".*no reference row.*")
@@ -271,10 +282,13 @@ def compare_criteria(
                     start=start,
                     seed=draw_seed,
                 )
+            found = []
             for amount in amounts:
                 mask = prune_units(model, scores, amount=amount, example_input=x[:1])
                 smaller = remove_units(model, mask)
-                rows.append((*_measured(model, smaller, criterion, mask.fraction, held_out), amount, draw))
+                found.append((*_measured(model, smaller, criterion, mask.fraction, held_out), amount, draw))
+            rows += found
+            weight = found if criterion == "weight" else weight
     runs = pd.DataFrame(rows, columns=pd.Index([*_COLUMNS, "amount", "draw"]))
     grouped = runs.groupby(["criterion", "amount"], sort=False)
     table: Any = grouped[_COLUMNS[1:]].mean()

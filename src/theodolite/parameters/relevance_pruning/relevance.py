@@ -11,7 +11,7 @@ from theodolite.core.errors import DataError, InputError
 from theodolite.core.masks.trace import LAYERS, Recording, record
 from theodolite.core.masks.transformers import is_transformer
 from theodolite.core.memory import bytes_per_row, chunks
-from theodolite.core.view import evaluation_mode
+from theodolite.core.view import evaluation_mode, model_input
 from theodolite.parameters.relevance_pruning.rules import RULES, AffineMap, add_rule, choose_rule
 from theodolite.parameters.relevance_pruning.targets import RelevanceError, read_targets
 from theodolite.parameters.relevance_pruning.transformers import transformer_relevance
@@ -34,11 +34,11 @@ def relevance(
     activation passes it on, a maximum gives it to the winner, averages and sums of branches divide it in proportion. A
     batch norm after a layer is folded into it (the network is not changed). Runs in eval mode.
 
-    inputs: (n, ...) rows. targets: (n,) class indices; for a network of one output numbers (relevance starts from the
-    output itself, also for a binary classifier). rule: of linear and convolutional layers, "zplus" or "epsilon"
-    (R_i = sum_j a_i w_ij / z_j R_j, bias in z), or a mapping from "conv", "linear", a type or a layer's name to a rule; other
-    types of layers may have "pass", "winner" or "proportional". start: "logit" starts from the true class's score, "one"
-    from 1.
+    inputs: (n, ...) rows, a tensor, array or table. targets: (n,) class indices; for a network of one output numbers
+    (relevance starts from the output itself, also for a binary classifier). rule: of linear and convolutional layers,
+    "zplus" or "epsilon" (R_i = sum_j a_i w_ij / z_j R_j, bias in z), or a mapping from "conv", "linear", a type or a layer's
+    name to a rule; other types of layers may have "pass", "winner" or "proportional". start: "logit" starts from the true
+    class's score, "one" from 1.
 
     A Hugging Face transformer takes token ids (n, length), or the mapping that its tokenizer returns, and as targets the
     tokens (n, length) of its own ``labels``, -100 for none, or classes (n,); its rule is that of `transformer_relevance`.
@@ -69,7 +69,7 @@ def _followed(
     model: nn.Module, inputs: object, targets: object, *, rule: str | Mapping[str, str], start: str, memory: int | None
 ) -> Iterator[dict[str, Tensor]]:
     """As `relevance`, one chunk of rows after the other."""
-    x = torch.as_tensor(inputs)
+    x = model_input(model, inputs)
     target = read_targets(targets, first_scores(model, x), len(x))
     for part in row_parts(model, x, memory):
         with torch.no_grad(), evaluation_mode(model):
@@ -95,8 +95,11 @@ def first_scores(model: nn.Module, x: Tensor) -> Tensor:
     """The scores of the first row, after a look at the rows."""
     if x.ndim < 1 or len(x) == 0:
         raise DataError(f"need at least one row, got {tuple(x.shape)}")
-    if not x.is_floating_point() or not bool(torch.isfinite(x).all()):
+    if not x.is_floating_point():
         raise DataError(f"inputs must be finite floating point numbers, got {x.dtype}")
+    if not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x)).flatten(1).any(dim=1).sum()) if x.ndim > 1 else 1
+        raise DataError(f"inputs must be finite floating point numbers; {bad} of {len(x)} rows hold NaN or infinity")
     with torch.no_grad(), evaluation_mode(model):
         scores = model(x[:1])
     if not isinstance(scores, Tensor):

@@ -18,7 +18,7 @@ from theodolite.core.masks import Coupling, coupled_units
 from theodolite.core.masks.coupling import coupling_of
 from theodolite.core.masks.trace import LAYERS, Recording, record
 from theodolite.core.masks.transformers import is_transformer
-from theodolite.core.view import evaluation_mode
+from theodolite.core.view import evaluation_mode, model_input
 from theodolite.parameters.relevance_pruning.relevance import (
     check_options,
     first_scores,
@@ -71,7 +71,7 @@ def unit_scores(
     if criterion not in CRITERIA:
         raise InputError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
     check_options(model, rule, start)
-    batches = list(_batches(data))
+    batches = list(_batches(model, data))
     if criterion in ("weight", "random"):
         modules: dict[str, Any] = dict(model.named_modules())
         names = _chosen(coupled_units(model, None if is_transformer(model) else batches[0][0][:1]), layers)
@@ -93,13 +93,13 @@ def unit_scores(
     return {name: _divided(score.abs().float(), float(score.norm())) for name, score in in_order.items()}
 
 
-def _batches(data: Any) -> Iterator[tuple[Any, Any]]:
+def _batches(model: nn.Module, data: Any) -> Iterator[tuple[Any, Any]]:
     pair = isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data[0], (tuple, list))
     some = False
     for batch in [data] if pair else data:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise DataError(f"data must be (X, y) or a loader of such pairs, got {type(batch).__name__}")
-        x = batch[0] if isinstance(batch[0], Mapping) else torch.as_tensor(batch[0])
+        x = batch[0] if isinstance(batch[0], Mapping) else model_input(model, batch[0])
         if len(x) > 0:
             some = True
             yield x, batch[1]

@@ -1,6 +1,6 @@
 """What relevance starts from and a loss is taken of."""
 
-__all__ = ["RelevanceError", "Target", "read_targets"]
+__all__ = ["RelevanceError", "Target", "as_targets", "read_targets"]
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from theodolite.core.errors import DataError, InputError, TheodoliteError
+from theodolite.core.view import model_input
 
 
 class RelevanceError(TheodoliteError, FloatingPointError):
@@ -47,12 +48,22 @@ class Target:
         )
 
 
+def as_targets(targets: object) -> Tensor:
+    """Targets as a tensor; DataError for what holds no numbers, such as names of classes."""
+    try:
+        return model_input(None, targets)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"targets must be numbers, of classes their indices 0, 1, ...; turn names into indices first ({error})"
+        ) from error
+
+
 def read_targets(targets: Any, scores: Tensor, n: int) -> Target:
     """Targets for ``n`` rows whose scores look like ``scores``.
 
     Raises DataError for a wrong number of them, for labels that are no class and for classes given as fractions.
     """
-    given = torch.as_tensor(targets, device=scores.device)
+    given = as_targets(targets).to(scores.device)
     if len(given) != n or given.numel() != n:
         raise DataError(f"need one target a row, got {tuple(given.shape)} for {n} rows")
     given = given.reshape(n)

@@ -32,7 +32,7 @@ MAPPERS = ("fold", "hashed", "roast")
 _WORD = (1 << 64) - 1
 _STEP, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _BLOCK = 1 << 16  # positions worked on at a time: what they need stays in the cache
-_FEW = 4  # up to so many chunks go one by one: it takes no copy of the array
+_FEW, _LONG = 4, 1 << 14  # up to so many chunks, or from so long ones on, they go one by one: nothing is copied twice
 _EIGHTS = (1 - 2 * ((torch.arange(256)[:, None] >> torch.arange(8)) & 1)).to(torch.int8).view(torch.int64).flatten()
 """The eight signs that every byte stands for, as eight int8 in one int64."""
 
@@ -211,9 +211,9 @@ class FoldMap(SlotMap):
         return count
 
     def _gather(self, psi: Tensor, lo: int, hi: int) -> Tensor:
-        """psi[h(i)] for the positions lo..hi-1, by one contiguous copy a chunk (two where there are few chunks)."""
+        """psi[h(i)] for the positions lo..hi-1, by one contiguous copy a chunk (two where they go one by one)."""
         first, last = lo // self.m, max(lo // self.m + 1, -(-hi // self.m))
-        if last - first <= _FEW:
+        if self._one_by_one(first, last):
             arcs = (psi[..., one] for _, slots in self._arcs(lo, hi) for one in slots)
             return torch.cat([psi[..., :0], *arcs], dim=-1)
         turns = torch.cat([psi, psi[..., :-1]], dim=-1).unfold(-1, self.m, 1)  # row u: the array turned by u, a view
@@ -231,7 +231,7 @@ class FoldMap(SlotMap):
     ) -> None:
         """Add scale times what `collect` gives to ``out``: chunks turned back and added."""
         first, last = -(-lo // self.m), hi // self.m  # the chunks from first to last - 1 are whole
-        if last - first <= _FEW:
+        if self._one_by_one(first, last):
             first = last = hi // self.m + 1
         for start, stop in ((lo, min(hi, first * self.m)), (last * self.m, hi)):
             for place, slots in self._arcs(start, stop):
@@ -250,6 +250,9 @@ class FoldMap(SlotMap):
             signed = (g[..., here] * signs[here]).unflatten(-1, (-1, self.m))
             stretches = torch.cat([signed, signed], dim=-1).flatten(-2).unfold(-1, self.m, 1)
             out.add_(stretches.index_select(-2, turns[chunk - first : end - first]).sum(dim=-2), alpha=scale)
+
+    def _one_by_one(self, first: int, last: int) -> bool:
+        return self.m >= _LONG or last - first <= _FEW
 
     def _starts(self, first: int, last: int) -> Tensor:
         """u of the chunks from first to last - 1."""

@@ -91,7 +91,9 @@ def _by_chunk(theta: Tensor, x: Tensor, m: int) -> list[Tensor]:
 def _pair(theta: ArrayLike | Tensor, x: ArrayLike | Tensor, m: int, mapper: str) -> tuple[Tensor, Tensor]:
     if mapper not in _KINDS:
         raise InputError(f"mapper is one of {', '.join(_KINDS)}, got {mapper!r}")
-    first, second = (torch.as_tensor(np.asarray(one, dtype=np.float64)) for one in (theta, x))
+    first, second = (
+        torch.from_numpy(np.require(np.asarray(one, dtype=np.float64), requirements="W")) for one in (theta, x)
+    )
     if first.ndim != 1 or first.shape != second.shape or len(first) == 0:
         raise InputError(
             f"theta and x must be vectors of one length, got {tuple(first.shape)} and {tuple(second.shape)}"

@@ -25,7 +25,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, no_type_check
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -166,6 +166,7 @@ def effective_size(logs: np.ndarray) -> float:
     return float(weights.sum() ** 2 / (weights @ weights))
 
 
+@no_type_check
 def smc_program(
     model: Program,
     *,
@@ -210,6 +211,7 @@ def mcmc_program(model: Program, *, steps: int) -> Program:
     return traced.marginal(m)
 
 
+@no_type_check
 def rmsmc_program(
     model: Program,
     *,
@@ -255,6 +257,7 @@ def rmsmc_program(
     return loop(1, seq.hoist_first(spawn)(seq.of(model)))
 
 
+@no_type_check
 def pmmh_program(
     parameters: Program,
     model_of: Callable[[Any], Program],

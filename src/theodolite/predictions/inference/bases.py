@@ -209,6 +209,7 @@ class Enumeration:
         return max((abs(ours.get(v, 0.0) - theirs.get(v, 0.0)) for v in ours.keys() | theirs.keys()), default=0.0)
 
 
+@no_type_check
 def _key(value: Any) -> Hashable:
     """Equal for equal values, and hashable for lists, arrays and dictionaries too."""
     if isinstance(value, np.ndarray):

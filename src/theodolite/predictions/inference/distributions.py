@@ -19,6 +19,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
+from numbers import Integral
 from statistics import NormalDist
 from typing import Any, no_type_check
 
@@ -33,10 +34,12 @@ _standard_normal = NormalDist().inv_cdf
 _SUM = 1e-9
 
 
+@no_type_check
 def _log(p: float) -> float:
     return math.log(p) if p > 0 else -math.inf
 
 
+@no_type_check
 def _probability(name: str, p: Any) -> float:
     value = float(p)
     if not 0 <= value <= 1:
@@ -44,6 +47,7 @@ def _probability(name: str, p: Any) -> float:
     return value
 
 
+@no_type_check
 def _positive(name: str, what: str, x: Any) -> float:
     value = float(x)
     if not 0 < value < math.inf:
@@ -51,6 +55,7 @@ def _positive(name: str, what: str, x: Any) -> float:
     return value
 
 
+@no_type_check
 def _finite(name: str, what: str, x: Any) -> float:
     value = float(x)
     if not math.isfinite(value):
@@ -58,6 +63,7 @@ def _finite(name: str, what: str, x: Any) -> float:
     return value
 
 
+@no_type_check
 def _call_site() -> tuple[str, int]:
     """File and line that made the distribution; a run-time type checker's wrappers between are passed over."""
     frame = sys._getframe(1)
@@ -98,6 +104,7 @@ class bernoulli(Distribution):
         return _log(self.p if x else 1 - self.p)
 
 
+@no_type_check
 def _on_grid(probabilities: Sequence[float], grid: int) -> None:
     for p in probabilities:
         if abs(p * grid - round(p * grid)) > _SUM * grid:
@@ -112,7 +119,7 @@ class categorical(Distribution):
 
     def __init__(self, probabilities: Any) -> None:
         p = tuple(map(float, probabilities))
-        if not p or not min(p) >= 0 or abs(sum(p) - 1) > _SUM:
+        if not p or not min(p) >= 0 or not abs(sum(p) - 1) <= _SUM:  # not so of NaN either
             raise InputError(f"categorical: probabilities must be at least 0 and sum to 1, got {p}, sum {sum(p)}")
         self.probabilities = p
         last = max(i for i, one in enumerate(p) if one > 0)
@@ -144,8 +151,10 @@ class uniform_discrete(Distribution):
 
     __slots__ = ("values",)
 
-    def __init__(self, values: int | Sequence[Any]) -> None:
-        self.values = range(values) if isinstance(values, int) else values
+    def __init__(self, values: Any) -> None:
+        self.values: Any = range(int(values)) if isinstance(values, Integral) else values
+        if not hasattr(self.values, "__getitem__"):
+            raise InputError(f"uniform_discrete: takes a number n or a list of values, got {values!r}")
         if len(self.values) == 0:
             raise InputError(f"uniform_discrete: needs at least one value, got {values!r}")
 
@@ -216,6 +225,7 @@ class normal(Distribution):
         return -0.5 * z * z - math.log(self.sd) - _HALF_LOG_2PI
 
 
+@no_type_check
 class gamma(Distribution):
     """Gamma with ``shape`` and ``scale``: mean shape x scale."""
 
@@ -240,6 +250,7 @@ class gamma(Distribution):
         return (self.shape - 1) * math.log(z) - z - math.lgamma(self.shape) - math.log(self.scale)
 
 
+@no_type_check
 class beta(Distribution):
     """Beta with parameters ``a`` and ``b``: mean a / (a + b)."""
 
@@ -263,6 +274,7 @@ class beta(Distribution):
         return (self.a - 1) * math.log(x) + (self.b - 1) * math.log1p(-x) - float(betaln(self.a, self.b))
 
 
+@no_type_check
 class poisson(Distribution):
     """Poisson with mean ``rate``."""
 
@@ -287,6 +299,7 @@ class poisson(Distribution):
         return x * math.log(self.rate) - self.rate - math.lgamma(x + 1)
 
 
+@no_type_check
 class geometric(Distribution):
     """Failures before the first success, 0, 1, ..., of trials that succeed with probability ``p``."""
 
@@ -312,6 +325,7 @@ class geometric(Distribution):
         return _log(self.p) + (x * math.log1p(-self.p) if self.p < 1 else (0.0 if x == 0 else -math.inf))
 
 
+@no_type_check
 class dirichlet(Distribution):
     """Probabilities (k,) with parameters ``alphas`` (k,), drawn by breaking a stick with k - 1 beta variables."""
 
@@ -345,6 +359,7 @@ class dirichlet(Distribution):
         return float(((a - 1) * np.log(p)).sum() + gammaln(a.sum()) - gammaln(a).sum())
 
 
+@no_type_check
 class mv_normal(Distribution):
     """Normal vectors with ``mean`` (k,) and covariance ``cov`` (k, k), which must be symmetric and positive definite."""
 

@@ -16,12 +16,11 @@ __all__ = [
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, no_type_check
 
 import numpy as np
-from jaxtyping import Float, Int
 
-from theodolite.core.errors import DataError
+from theodolite.core.errors import DataError, InputError
 from theodolite.predictions.inference.bases import log_sum
 from theodolite.predictions.inference.distributions import bernoulli, beta, categorical, gamma, normal, uniform_discrete
 from theodolite.predictions.inference.program import Program, factor, program, scan
@@ -68,6 +67,7 @@ def branching_sprinkler() -> Generator[Any, Any, tuple[bool, bool]]:
     return rain, on
 
 
+@no_type_check
 def _log(x: float) -> float:
     return math.log(x) if x > 0 else -math.inf
 
@@ -100,6 +100,7 @@ SUITE = (
 )
 
 
+@no_type_check
 def hmm(observations: Sequence[float] = HMM_OBSERVATIONS) -> Program:
     """The last state of a hidden Markov model of three states; a transition precedes every observation, of unit variance."""
     rows = [categorical(row) for row in _ROWS]
@@ -125,27 +126,36 @@ def hmm_log_evidence(observations: Sequence[float] = HMM_OBSERVATIONS) -> float:
     return log_sum(logs)
 
 
-def recalibration(
-    log_probabilities: Float[np.ndarray, "row class"], labels: Int[np.ndarray, " label"], *, blocks: int = 8
-) -> Program:
+def recalibration(log_probabilities: Any, labels: Any, *, blocks: int = 8) -> Program:
     """(temperature, lapse rate) of a classifier, given its held-out log-probabilities (n, classes) and the labels (n,).
 
     The probability of class c is (1 - lapse) softmax(log p / temperature)_c + lapse / classes, with temperature ~ gamma(2, 1)
     and lapse ~ beta(1, 20). A temperature above 1 says that the classifier is over-confident. The rows come in ``blocks``
-    factors, so that particles can be resampled between them.
+    factors, so that particles can be resampled between them. Labels are the columns of the classes, 0, 1, ...
+
+    Raises DataError for log-probabilities that are not finite, and for labels that are no columns of them.
     """
-    scores = np.asarray(log_probabilities, dtype=np.float64)
-    if scores.ndim != 2 or len(scores) != len(labels) or not np.isfinite(scores).all():
+    scores, own_class = np.asarray(log_probabilities, dtype=np.float64), np.asarray(labels)
+    if scores.ndim != 2 or own_class.shape != scores.shape[:1] or not np.isfinite(scores).all():
         raise DataError(
-            f"needs finite log-probabilities (rows, classes), one row a label, got {scores.shape}, {len(labels)}"
+            f"needs finite log-probabilities (rows, classes), one row a label, got {scores.shape}, {own_class.shape}"
         )
-    if len(scores) == 0 or labels.min() < 0 or labels.max() >= scores.shape[1]:
-        raise DataError(f"needs rows, and labels from 0 to {scores.shape[1] - 1}")
+    if (
+        len(scores) == 0
+        or own_class.dtype.kind not in "iu"
+        or own_class.min() < 0
+        or own_class.max() >= scores.shape[1]
+    ):
+        raise DataError(f"needs rows, and labels that are whole numbers from 0 to {scores.shape[1] - 1}")
+    if blocks < 1:
+        raise InputError(f"needs at least one block of rows, got {blocks}")
     parts = [
-        (part, scores[part, labels[part]]) for part in np.array_split(np.arange(len(scores)), min(blocks, len(scores)))
+        (part, scores[part, own_class[part]])
+        for part in np.array_split(np.arange(len(scores)), min(blocks, len(scores)))
     ]
     shifted = [(scores[part] - own[:, None]) for part, own in parts]
 
+    @no_type_check
     def score(theta: tuple[float, float], gaps: np.ndarray) -> Program:
         temperature, lapse = theta
         with np.errstate(over="ignore"):
@@ -153,6 +163,7 @@ def recalibration(
         likelihood = np.log((1 - lapse) * own + lapse / scores.shape[1] + 1e-300).sum()
         return factor(float(likelihood)).map(lambda _: theta)
 
+    @no_type_check
     def both(temperature: float) -> Program:
         return beta(1, 20).map(lambda lapse: (temperature, lapse))
 

@@ -69,6 +69,7 @@ class Weighted(Representation):
         return inner.bind(m, lambda xw: inner.map(inner.factor(xw[1]), lambda _: xw[0]))
 
 
+@no_type_check
 class _Pick(categorical):
     """A choice that an algorithm makes; it does not belong to the program, so a grid does not replace its uniform."""
 
@@ -78,6 +79,7 @@ class _Pick(categorical):
         """Any grid will do."""
 
 
+@no_type_check
 class Coin(bernoulli):
     """As `_Pick`, of two: whether a proposal is accepted."""
 
@@ -87,6 +89,7 @@ class Coin(bernoulli):
         """Any grid will do."""
 
 
+@no_type_check
 class Index(uniform_discrete):
     """As `_Pick`, all alike: which uniform is moved."""
 
@@ -96,6 +99,7 @@ class Index(uniform_discrete):
         """Any grid will do."""
 
 
+@no_type_check
 class Ancestors(Distribution):
     """n indices of particles by their weights (n,), which sum to one; each scheme takes its own number of uniforms."""
 
@@ -136,6 +140,7 @@ class Ancestors(Distribution):
         return [([j for j, _ in picked], sum(log for _, log in picked)) for picked in itertools.product(*options)]
 
 
+@no_type_check
 def _weights(particles: Sequence[Particle]) -> tuple[np.ndarray, float]:
     """Normalised weights and the logarithm of their sum; zeros where the sum is zero."""
     logs = np.array([w for _, w in particles])
@@ -147,6 +152,7 @@ def _weights(particles: Sequence[Particle]) -> tuple[np.ndarray, float]:
     return weights / total, largest + math.log(total)
 
 
+@no_type_check
 def push(particles: Sequence[Particle]) -> tuple[list[Particle], float]:
     """Particles with weights that sum to one, and the log of the sum they had; 1/n each where it was zero."""
     total = log_sum([w for _, w in particles])

@@ -119,6 +119,7 @@ class Bind(Program):
         self.first, self.k = first, k
 
 
+@no_type_check
 class Distribution(Program):
     """A draw. It is made by the inverse of the distribution function from a fixed number of uniforms in (0, 1)."""
 
@@ -141,6 +142,7 @@ class Distribution(Program):
         raise NotImplementedError
 
 
+@no_type_check
 class Untraced(Distribution):
     """A draw that is made by a program without factors; a trace does not record what it draws."""
 
@@ -151,6 +153,7 @@ class Untraced(Distribution):
         self.program = program
 
 
+@no_type_check
 def untraced(program: Program) -> Program:
     """The same measure; a Markov chain over traces draws it anew in every proposal and never moves its draws one by one.
 
@@ -159,6 +162,7 @@ def untraced(program: Program) -> Program:
     return Untraced(program)
 
 
+@no_type_check
 def ret(x: Any) -> Program:
     """The program that gives ``x``.
 

@@ -130,6 +130,7 @@ class Sequential(Representation):
         return go
 
 
+@no_type_check
 class _Uniforms(Distribution):
     """The uniforms that a draw of ``dist`` still needs."""
 
@@ -148,6 +149,7 @@ class _Uniforms(Distribution):
         self.dist.check_grid(grid)
 
 
+@no_type_check
 class _Start(Program):
     """The value from which a frozen trace goes on."""
 
@@ -244,6 +246,7 @@ class TracedElement:
         return self._build()
 
 
+@no_type_check
 def mh_log_ratio(logp: float, n: int, new_logp: float, new_n: int) -> float:
     """Log acceptance ratio q n / (p n') of a proposed run of weight q with n' uniforms, from one of weight p with n.
 

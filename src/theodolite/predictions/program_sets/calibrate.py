@@ -4,6 +4,7 @@ __all__ = ["CalibrationTooSmall", "Coverage", "ProgramSetCalibrator", "Reference
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -70,9 +71,10 @@ def k_errors(n: int, epsilon: float, delta: float) -> int:
     >>> k_errors(100, 0.1, 0.1), k_errors(500, 0.1, 0.1), k_errors(22, 0.1, 0.1)
     (5, 40, 0)
     """
-    k = allowed_errors(n, epsilon, delta)
+    needed = needed_rows(epsilon, delta)
+    k = allowed_errors(n, epsilon, delta) if n > 0 else None
     if k is None:
-        raise CalibrationTooSmall(n, needed_rows(epsilon, delta))
+        raise CalibrationTooSmall(n, needed)
     return k
 
 
@@ -137,9 +139,10 @@ class ProgramSetCalibrator(BaseEstimator):
         what `node_costs` raises, and ProgramSyntaxError with on_unparsable "raise".
         """
         grid = self._grid()
-        k = k_errors(max(1, len(generations)), epsilon, delta)
+        k = k_errors(len(generations), epsilon, delta)
+        right = self._right(generations, references)
         families = self.families(generations)
-        errors = self.errors(families, references)
+        errors = self._errors(families, right)
         level = choose_level(errors, epsilon, delta)
         self.tau_ = float(grid[level]) if level < len(grid) else 1.0
         self.k_, self.n_ = k, len(errors)
@@ -162,8 +165,9 @@ class ProgramSetCalibrator(BaseEstimator):
         """Coverage and size of the sets on pairs that were not calibrated on. Raises as `fit`."""
         if not len(generations):
             raise InputError("need at least one pair to score")
+        truth = self._right(generations, references)
         sets = [self.predict(one) for one in generations]
-        right = int((~self.errors([[one] for one in sets], references)).sum())
+        right = int((~self._errors([[one] for one in sets], truth)).sum())
         n = len(sets)
         return Coverage(
             right / n,
@@ -192,31 +196,40 @@ class ProgramSetCalibrator(BaseEstimator):
         self, families: Sequence[Sequence[PartialProgram]], references: Sequence[str]
     ) -> Bool[np.ndarray, "pair level"]:
         """Whether each partial program of each pair's family misses the pair's reference."""
-        if len(families) != len(references):
+        return self._errors(families, self._right(families, references))
+
+    def _right(self, pairs: Sequence[Any], references: Sequence[str]) -> list[Any]:
+        """The references as `match` takes them, after a check that each of ``pairs`` has one; before any work starts."""
+        if len(pairs) != len(references):
             raise InputError(
-                f"need one reference a generation, got {len(families)} generations and {len(references)} references"
+                f"need one reference a generation, got {len(pairs)} generations and {len(references)} references"
             )
-        match = self.match
-        if callable(match):
-            return np.array(
-                [
-                    [not match(one, reference) for one in family]
-                    for family, reference in zip(families, references, strict=True)
-                ],
-                dtype=bool,
-            )
-        rows = []
-        for index, (family, reference) in enumerate(zip(families, references, strict=True)):
+        if callable(self.match):
+            return list(references)
+        trees = []
+        for index, reference in enumerate(references):
             try:
-                tree = parse_program(reference, self.language, self.dialect)
+                trees.append(parse_program(reference, self.language, self.dialect))
             except ProgramSyntaxError as error:
                 raise ReferenceParseError(index, str(error)) from error
+        return trees
+
+    def _errors(
+        self, families: Sequence[Sequence[PartialProgram]], right: Sequence[Any]
+    ) -> Bool[np.ndarray, "pair level"]:
+        match = self.match
+        rows = []
+        for family, truth in zip(families, right, strict=True):
             known: dict[bytes, bool] = {}  # neighbouring levels often keep the same nodes
             row = []
             for one in family:
                 key = one.kept.tobytes()
                 if key not in known:
-                    known[key] = contains(one, tree, match, hole_arity=self.hole_arity)
+                    known[key] = (
+                        bool(match(one, truth))
+                        if callable(match)
+                        else contains(one, truth, match, hole_arity=self.hole_arity)
+                    )
                 row.append(not known[key])
             rows.append(row)
         return np.array(rows, dtype=bool)

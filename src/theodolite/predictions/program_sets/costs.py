@@ -5,6 +5,7 @@ __all__ = ["Generation", "TokenAlignmentError", "TokenLogprob", "check_alignment
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import no_type_check
 
 import numpy as np
 from jaxtyping import Float
@@ -116,6 +117,7 @@ def node_costs(tree: ProgramTree, tokens: Sequence[TokenLogprob], cost: str = "s
     return out if cost == "split" else np.clip(out, *_OFFICIAL_RANGE)
 
 
+@no_type_check
 def _surprise(token: TokenLogprob) -> float:
     if token.logprob is None:
         raise LogprobsUnavailable(f"the token {token.text!r} at character {token.start} has no log-probability")

@@ -1,8 +1,9 @@
-"""Whether a program is a completion of a partial program."""
+"""Whether a program is a completion of a partial program; what runs for every node is not type-checked at run time."""
 
 __all__ = ["contains"]
 
 from collections import defaultdict
+from typing import no_type_check
 
 from theodolite.core.errors import InputError
 from theodolite.predictions.program_sets.pruning import PartialProgram
@@ -54,10 +55,12 @@ def contains(partial: PartialProgram, tree: ProgramTree, match: str = "structura
     return 0 in stands[0]
 
 
+@no_type_check
 def _among(children: tuple[int, ...], others: tuple[int, ...], stands: dict[int, set[int]]) -> bool:
     return all(not stands[child].isdisjoint(others) for child in children if child in stands)
 
 
+@no_type_check
 def _in_order(
     partial: PartialProgram, number: int, tree: ProgramTree, other: int, stands: dict[int, set[int]], several: bool
 ) -> bool:
@@ -74,6 +77,7 @@ def _in_order(
     return True
 
 
+@no_type_check
 def _slots(tree: ProgramTree, number: int) -> dict[str, list[int]]:
     slots: dict[str, list[int]] = defaultdict(list)
     for child in tree.nodes[number].children:
@@ -81,6 +85,7 @@ def _slots(tree: ProgramTree, number: int) -> dict[str, list[int]]:
     return slots
 
 
+@no_type_check
 def _with_gaps(mine: list[int], others: list[int], stands: dict[int, set[int]]) -> bool:
     """Whether the list ``others`` fits ``mine``, in which each removed node takes any number of elements."""
     reached = {0}  # elements of others that the part of mine so far can have taken

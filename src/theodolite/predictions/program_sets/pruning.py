@@ -1,4 +1,7 @@
-"""Partial programs: which nodes of a program to keep under a budget of surprise, with at most so many holes."""
+"""Partial programs: which nodes of a program to keep under a budget of surprise, with at most so many holes.
+
+What runs for every node is marked no_type_check: a run-time check of its annotations would cost many times what it does.
+"""
 
 __all__ = ["HOLE", "PartialProgram", "prune", "pruning_gap"]
 
@@ -7,10 +10,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, no_type_check
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy import optimize, sparse
 
 from theodolite.core.errors import InputError
@@ -20,7 +23,7 @@ HOLE = "??"
 _SOLVERS = ("auto", "milp", "dp", "nested-dp", "greedy", "abstain", "none")
 _JOINT = 1500  # nodes x levels up to which the joint programme is solved whole
 _BRANCHES = 50  # of the search tree: a count and not a time, so that the same input gives the same sets
-_NEAR = 0.99  # of what no family can pass: near enough not to search on
+_NEAR = 0.97  # of what no family can pass: near enough not to search on
 _STARTS = 8  # levels that the nested sweeps begin at
 _SLACK = 1e-9
 
@@ -82,7 +85,7 @@ def prune(
     "milp": all levels in one integer programme, also with a_v(tau) >= a_v(tau') for tau < tau': nested and best in sum.
     "dp": each level alone, exact by dynamic programming over the tree; not nested in general. "nested-dp": the same from one
     level on, where what is removed stays removed and, downwards, what is kept stays kept; the best of eight first levels:
-    nested, fast, and seldom worse than "milp". "auto": "nested-dp" where that keeps provably 99 % of the best or there
+    nested, fast, and seldom worse than "milp". "auto": "nested-dp" where that keeps provably 97 % of the best or there
     are more than 1,500 nodes x levels, else the better of it and "milp" with a bounded search; `pruning_gap` tells how good.
     Baselines: "greedy" (the paper's: costliest leaves first, then parents of what is removed), "abstain" (all or a hole at
     the root), "none" (always all). max_holes None: any number.
@@ -146,13 +149,15 @@ def _solve(
     near = _total(nested) >= _NEAR * _total(optima)
     if solver != "auto" or near or len(parents) * len(budgets) > _JOINT:
         return nested
-    return max(nested, _joint(parents, costs, budgets, max_holes, _BRANCHES) or nested, key=_total)
+    bounds = _Bounds(np.array([kept.sum() for kept in optima]), _total(nested) + 1)
+    return _joint(parents, costs, budgets, max_holes, bounds) or nested
 
 
 def _total(family: Sequence[np.ndarray]) -> int:
     return sum(int(kept.sum()) for kept in family)
 
 
+@no_type_check
 class _Table:
     """g[h, r]: the largest cost that a removal of r nodes of the tree leaving h holes can take away, for all h and r.
 
@@ -224,6 +229,7 @@ class _Table:
         return kept
 
 
+@no_type_check
 def _convolve(f: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """max over (h, r) of f[H - h, R - r] + g[h, r] for all H, R, and the h, r (as one number) that reach it."""
     rows, width = f.shape
@@ -267,10 +273,18 @@ def _sweep(
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class _Bounds:
+    """What shortens a search for a family that keeps ``least`` nodes or more, of which no level can keep more than ``most``."""
+
+    most: Int[np.ndarray, " level"]
+    least: int
+
+
 def _joint(
-    parents: np.ndarray, costs: np.ndarray, budgets: np.ndarray, max_holes: int | None, branches: int | None = None
+    parents: np.ndarray, costs: np.ndarray, budgets: np.ndarray, max_holes: int | None, bounds: _Bounds | None = None
 ) -> list[Bool[np.ndarray, " node"]] | None:
-    """All levels in one integer programme by HiGHS; None where it finds no family, in ``branches`` nodes of its search."""
+    """All levels in one integer programme by HiGHS; with ``bounds`` None where a bounded search finds no family within them."""
     n, levels = len(parents), len(budgets)
     binding = budgets < costs.sum()
     if not binding.any():
@@ -293,6 +307,9 @@ def _joint(
         edges -= 1  # each node but the root closes one edge, and the root its own hole
         parts.append(sparse.kron(each, edges[None]))
         limits.append(np.full(levels, max_holes - 1.0))
+    if bounds is not None:
+        parts += [sparse.kron(each, np.ones((1, n))), sparse.csr_matrix(-np.ones((1, n * levels)))]
+        limits += [bounds.most[first:].astype(np.float64), np.array([first * n - bounds.least], dtype=np.float64)]
     rows = sparse.vstack(parts, format="csr")
     upper: Any = np.concatenate(limits)
     no_limit: Any = np.full(len(upper), -np.inf)
@@ -301,7 +318,7 @@ def _joint(
         solved = optimize.milp(
             -np.ones(n * levels), integrality=np.ones(n * levels), bounds=optimize.Bounds(0, 1),
             constraints=optimize.LinearConstraint(rows, no_limit, upper),
-            options={} if branches is None else {"node_limit": branches},
+            options={} if bounds is None else {"node_limit": _BRANCHES},
         )  # fmt: skip
         if solved.x is None:
             return None

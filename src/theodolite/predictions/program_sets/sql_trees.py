@@ -1,9 +1,12 @@
-"""SQL as a tree, by sqlglot's parser, which is watched to learn where in the text each node stands."""
+"""SQL as a tree, by sqlglot's parser, which is watched to learn where in the text each node stands.
+
+What runs for every step of the parser is not type-checked at run time.
+"""
 
 __all__ = ["sketch_sql"]
 
 import functools
-from typing import Any
+from typing import Any, no_type_check
 
 from theodolite.core.errors import require
 from theodolite.predictions.program_sets.trees import ProgramSyntaxError, Sketch
@@ -39,6 +42,7 @@ def sketch_sql(code: str, dialect: str | None = None) -> Sketch:
 
 
 @functools.cache
+@no_type_check
 def _watched(parser_class: Any) -> Any:
     """The parser, with a note of the text that each of its steps took for the node that it returns."""
     expression = require("sqlglot", "code").exp.Expression
@@ -60,6 +64,7 @@ def _watched(parser_class: Any) -> Any:
     return type("WatchedParser", (parser_class,), {"__slots__": ("places",), **steps})
 
 
+@no_type_check
 class _Reader:
     """Nodes of sqlglot's tree, of its places by id and its dialect."""
 

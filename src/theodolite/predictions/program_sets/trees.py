@@ -5,6 +5,7 @@ __all__ = ["ProgramNode", "ProgramSyntaxError", "ProgramTree", "parse_program", 
 import itertools
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import no_type_check
 
 import numpy as np
 from jaxtyping import Int
@@ -145,6 +146,7 @@ def plant(code: str, language: str, root: Sketch) -> ProgramTree:
     return ProgramTree(code, language, tuple(nodes))
 
 
+@no_type_check
 def _hull(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
     """The least span around both; an empty one is nowhere."""
     if a[0] == a[1]:

@@ -19,6 +19,7 @@ from theodolite.explanations.deletion_robust import (
     validity_under_deletion,
 )
 from theodolite.survey.chart import Budget, Needs, chart
+from theodolite.survey.explanations.counterfactuals import one_hot_groups
 from theodolite.survey.figures import INKS, band_line
 from theodolite.survey.finding import Finding
 
@@ -211,6 +212,11 @@ def explanations_under_deletion(subject: Subject, budget: Budget) -> Finding:
         "DeletionRobustCounterfactual(immutable=..., bounds=...).",
         "Costs are distances in standard deviations of the training rows; the scaler stays the one of all rows.",
     ]
+    if one_hot_groups(subject.data):
+        caveats.append(
+            "Categories move as numbers here, so that a point may lie between two of them; with groups=... of "
+            "DeletionRobustCounterfactual, on columns that are not rescaled, they stay whole."
+        )
     if len(table.y) < len(subject.data.train):
         caveats.append(f"{len(table.y):,} of {len(subject.data.train):,} training rows were used, drawn at random.")
     if subject.is_network:

@@ -19,6 +19,7 @@ from theodolite.explanations.function_interpretation import (
 )
 from theodolite.explanations.function_interpretation.scores import run_code
 from theodolite.survey.chart import Budget, Needs, chart, seconds
+from theodolite.survey.explanations.probe_words import described_by_words, no_words
 from theodolite.survey.figures import INKS
 from theodolite.survey.finding import Finding
 
@@ -73,6 +74,10 @@ def _units(subject: Subject) -> list[_Unit]:
     return [unit for _, unit in sorted(found, key=lambda pair: -pair[0])[:_UNITS]]
 
 
+def _refusal(subject: Subject) -> str | None:
+    return no_words(subject) if subject.data.modality == "text" else _too_flat(subject)
+
+
 def _too_flat(subject: Subject) -> str | None:
     if len(_units(subject)) < 2:
         return "needs two columns of more than 5 values along which the answers move while the others stay at their medians"
@@ -89,11 +94,15 @@ def _r2(truth: np.ndarray, told: Interpretation, x: np.ndarray) -> float:
 
 @chart(
     "function-interpretation",
-    needs=Needs(modalities=("tabular",), test=_too_flat),
+    needs=Needs(language_model=None, modalities=("tabular", "text"), test=_refusal),
     cost=seconds(8),
 )
 def function_interpretation(subject: Subject, budget: Budget) -> Finding:
-    """How well formulas found by experiment predict a model's answers along one column at a time."""
+    """How well formulas found by experiment predict a model's answers along one column at a time; of a model of texts, how well
+    the words that move its units tell which others do.
+    """
+    if subject.data.modality == "text":
+        return described_by_words(subject, budget)
     units = _units(subject)
     rng = np.random.default_rng([budget.seed, 5])
     runners = {

@@ -21,7 +21,7 @@ _ROWS = {"train": 2000, "validation": 300, "test": 2000}
 
 _SIZES = (1, 2, 3, 5, 10, 20, 50)
 _DRAWS = 5
-_BARS = 20
+_BARS, _RULES = 20, 10
 
 
 def _model(subject: Subject) -> Any:
@@ -145,6 +145,16 @@ def high_dimensional_surrogate(subject: Subject, budget: Budget) -> Finding:
             drop, drop - 1.96 * error, drop + 1.96 * error, n=len(copies.x_test)
         )
     rules = explainer.rules()
+    if explainer.is_classifier_:
+        listed = explainer.rule_list(_RULES)
+        rules, given = list(listed.rules) or rules, copies.p_test.argmax(axis=1)
+        followed = (listed.predict(copies.x_test) == given).astype(np.float64)
+        told = f"by its {len(listed.rules)} rules" if len(listed.rules) != 1 else "by its one rule"
+        numbers[f"rows given the model's class {told}"] = bootstrap(followed, seed=budget.seed, unit="of test rows")
+        commonest = (given == np.bincount(copies.p.argmax(axis=1)).argmax()).astype(np.float64)
+        numbers["rows given the model's class by its commonest one"] = bootstrap(
+            commonest, seed=budget.seed, unit="of test rows"
+        )
     if data.scaling:
         rules = [rule.rescaled(data.scaling) for rule in rules]
     return Finding(

@@ -116,7 +116,8 @@ class _Told:
     def __init__(self, subject: Subject) -> None:
         self.classifies = subject.data.task == "classification"
         self.y = subject.data.train.y[:_ROWS].numpy()
-        self.y_test = subject.data.test.y[:_TEST].numpy()
+        test = subject.data.test.head(_TEST)
+        self.y_test, self.blocks = test.y.numpy(), test.blocks
 
     @property
     def words(self) -> str:
@@ -134,7 +135,7 @@ class _Told:
         means = {j: float(self.y[labels == j].mean()) for j in np.unique(labels).tolist()}
         whole = float(self.y.mean())
         error = (self.y_test - np.array([means.get(j, whole) for j in labels_test.tolist()])) ** 2
-        return bootstrap(1 - error / (float(self.y_test.var()) or 1.0), unit="R2")
+        return bootstrap(1 - error / (float(self.y_test.var()) or 1.0), unit="R2", groups=self.blocks)
 
     def null(self) -> Estimate:
         """All rows in one cluster."""
@@ -258,6 +259,8 @@ def _third(subject: Subject) -> tuple[str, str]:
             "columns",
             "mean of each cluster's rows less the mean of all, in deviations, for the columns that differ most",
         )
+    if subject.data.modality == "series":
+        return "series", "mean of each cluster's series, first channel, in the units of the data"
     return "distances", "distances of test rows to their own centre"
 
 
@@ -281,6 +284,7 @@ def _figure(
         table = np.zeros((model.n_clusters, len(subject.data.classes)))
         np.add.at(table, (labels, told.y_test), 1)
         _heat(figure, table, list(subject.data.classes), names, (1, 2), "Blues")
+        figure.update_xaxes(title_text="class", row=1, col=2)
     else:
         for j in np.unique(labels).tolist():
             _box(figure, told.y_test[labels == j], names[j], INKS[j % 6], (1, 2))
@@ -295,6 +299,14 @@ def _figure(
         )
         top = np.argsort(-means.std(axis=0), kind="stable")[:_COLUMNS]
         _heat(figure, means[:, top], [subject.data.features[i] for i in top.tolist()], names, (2, 1), "RdBu")
+    elif kind == "series":
+        first = subject.data.test.x[:_TEST, :, 0].numpy()
+        for j in np.unique(labels).tolist():
+            mean = first[labels == j].mean(axis=0).round(4).tolist()
+            line = {"color": INKS[j % 6], "dash": "solid" if j < 6 else "dot"}
+            figure.add_scatter(x=list(range(len(mean))), y=mean, mode="lines", name=names[j], line=line, row=2, col=1)
+        figure.update_xaxes(title_text="step", row=2, col=1)
+        figure.update_yaxes(title_text="mean of the cluster", row=2, col=1)
     else:
         distance = np.linalg.norm(codes - model.cluster_centers_[labels], axis=1)
         for j in np.unique(labels).tolist():
@@ -331,7 +343,9 @@ def _heat(
     trace = go.Heatmap(z=z.round(3).tolist(), x=x, y=y, colorscale=scale, showscale=False, **middle)
     figure.add_trace(trace, row=at[0], col=at[1])
     figure.update_yaxes(autorange="reversed", row=at[0], col=at[1])
-    if x is None:
+    if x is not None:
+        figure.update_xaxes(type="category", row=at[0], col=at[1])  # classes are often called by numbers
+    else:
         figure.update_xaxes(visible=False, row=at[0], col=at[1])
         figure.update_yaxes(visible=False, row=at[0], col=at[1])
 

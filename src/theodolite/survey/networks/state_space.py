@@ -4,8 +4,6 @@ __all__ = ["kernels_of"]
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -22,11 +20,12 @@ from theodolite.core.estimate import Comparison, Control, Estimate, mean_of_runs
 from theodolite.core.parallel import one_thread, seeds_for
 from theodolite.core.subject import Rows, Subject
 from theodolite.core.train import Recipe, train
-from theodolite.core.view import evaluation_mode
 from theodolite.networks.diagonal_ssm import DiagonalSSMKernel, S4DClassifier, kernel_summary
 from theodolite.survey.chart import Budget, Needs, chart
 from theodolite.survey.figures import INKS, band_line
 from theodolite.survey.finding import Finding
+from theodolite.survey.networks import layers
+from theodolite.survey.networks.layers import changed, lengths_read
 
 _MOVED = 0.1
 _DEALS = 5  # random choices of the steps that kernels keep
@@ -34,16 +33,17 @@ _CURVE_ROWS = 256
 _STRONGEST = 4
 _RATE = 50_000  # samples a second that the baseline is trained with on one slow core: sets its epochs, so they repeat
 _MOST_EPOCHS, _FEWEST_EPOCHS = 20, 3
-_LAST = 32
+_LAST = 32  # steps that a linear forecast reads; of series with a class or a value each it reads all, within _COLUMNS
+_COLUMNS = 1024
 _NEARLY = 0.95
 _KINDS: tuple[Literal["closed-form", "null"], ...] = ("closed-form", "null")
 
 
 def kernels_of(network: Any) -> dict[str, DiagonalSSMKernel]:
     """The diagonal state space kernels inside a network by name; none in what is no network."""
-    if not isinstance(network, nn.Module):
-        return {}
-    return {name: module for name, module in network.named_modules() if isinstance(module, DiagonalSSMKernel)}
+    return {
+        name: kernel for name, kernel in layers.kernels_of(network).items() if isinstance(kernel, DiagonalSSMKernel)
+    }
 
 
 def _refusal(subject: Subject) -> str | None:
@@ -74,17 +74,17 @@ def diagonal_state_space(subject: Subject, budget: Budget) -> Finding:
 def _inside(subject: Subject, budget: Budget) -> Finding:
     network, data = subject.predictor, subject.data
     kernels = kernels_of(network)
-    lengths = _lengths_read(network, kernels, data.test.x[:1])
+    lengths = lengths_read(network, kernels, data.test.x[:1])
     longest = max(lengths.values(), default=0)
     table = _summary(kernels, lengths)
     median = round(float(np.median(table["effective_length"])))
     moved, states = _moved(kernels)
     whole = subject.quality()
-    with _changed(kernels, _newest(median)):
+    with changed(kernels, _newest(median)):
         cut = subject.quality(network)
     dealt = []
     for seed in seeds_for(budget.seed, _DEALS):
-        with _changed(kernels, _dealt(median, seed)):
+        with changed(kernels, _dealt(median, seed)):
             dealt.append(subject.quality(network).value)
     numbers = {
         "median memory of a kernel": Estimate.exact(median, "steps"),
@@ -137,23 +137,6 @@ def _summary(kernels: dict[str, DiagonalSSMKernel], lengths: dict[str, int]) -> 
     return pd.concat(tables, ignore_index=True)
 
 
-def _lengths_read(network: nn.Module, kernels: dict[str, DiagonalSSMKernel], row: Tensor) -> dict[str, int]:
-    """How long a kernel each layer asks for on ``row``; a layer that goes step by step asks for none."""
-    found: dict[str, int] = {}
-
-    def note(name: str) -> Any:
-        return lambda _, __, kernel: found.update({name: int(kernel.shape[1])})
-
-    hooks = [kernel.register_forward_hook(note(name)) for name, kernel in kernels.items()]
-    try:
-        with torch.no_grad(), evaluation_mode(network):
-            network(row)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
 def _known(kernel: DiagonalSSMKernel) -> bool:
     return kernel.init != "random"
 
@@ -188,17 +171,6 @@ def _dealt(steps: int, seed: int) -> Any:
         return kernel * (drawn < steps).to(kernel.device)
 
     return keep
-
-
-@contextmanager
-def _changed(kernels: dict[str, DiagonalSSMKernel], hook: Any) -> Iterator[None]:
-    """Every kernel goes through ``hook`` inside the block."""
-    handles = [kernel.register_forward_hook(hook) for kernel in kernels.values()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _panels(kernels: dict[str, DiagonalSSMKernel], table: Any, longest: int, last: str) -> go.Figure:
@@ -263,7 +235,7 @@ def _curve(figure: go.Figure, subject: Subject, kernels: dict[str, DiagonalSSMKe
     ):
         found = []
         for kept in steps:
-            with _changed(kernels, keep(kept)):
+            with changed(kernels, keep(kept)):
                 found.append(float(subject.correct(subject.predictor, rows).mean()))
         band_line(figure, steps, found, name=name, ink=ink, row=2, col=2)
     figure.update_xaxes(type="log", title_text="steps kept", row=2, col=2)
@@ -356,13 +328,15 @@ def _last_columns(x: np.ndarray, width: int) -> np.ndarray:
 def _beside(subject: Subject, budget: Budget) -> Finding:
     data = subject.data
     count, epochs = _training_size(subject, budget.seconds)
-    rows, steps = data.train.head(count), min(_LAST, data.shape[0])
+    rows = data.train.head(count)
+    steps = min(data.shape[0], _LAST if data.forecasts else max(_LAST, _COLUMNS // data.shape[1]))
+    last = f"all {steps} steps" if steps == data.shape[0] else f"the last {steps} steps"
     trained = _baseline(subject, rows, epochs, budget.seed)
     kernels = kernels_of(trained)
     table = _summary(kernels, dict.fromkeys(kernels, data.shape[0]))
     median = round(float(np.median(table["effective_length"])))
     ours, own, linear = subject.quality(trained), subject.quality(), subject.quality(_linear(subject, rows, steps))
-    simple = {f"a linear model of the last {steps} steps": linear, _guess(subject): Estimate.exact(data.chance)}
+    simple = {f"a linear model of {last}": linear, _guess(subject): Estimate.exact(data.chance)}
     comparison = Comparison(
         f"test {subject.metric} of an S4D network trained here",
         ours,
@@ -385,12 +359,12 @@ def _beside(subject: Subject, budget: Budget) -> Finding:
     return Finding(
         slug="diagonal-state-space",
         headline=f"A state space network trained here reaches {subject.metric} {ours.value:.3f}, the subject's own model "
-        f"{own.value:.3f}, a linear model of the last {steps} steps {linear.value:.3f}; the median memory of its kernels is "
+        f"{own.value:.3f}, a linear model of {last} {linear.value:.3f}; the median memory of its kernels is "
         f"{median:,} steps.",
         numbers={
             f"{subject.metric} of the S4D network": ours,
             f"{subject.metric} of the subject's own model": own,
-            f"{subject.metric} of a linear model of the last {steps} steps": linear,
+            f"{subject.metric} of a linear model of {last}": linear,
             "median memory of a kernel": Estimate.exact(median, "steps"),
             "epochs of training": Estimate.exact(epochs),
             "rows of training": Estimate.exact(len(rows)),
@@ -419,8 +393,8 @@ def _beside_advice(ours: Estimate, own: Estimate, simple: dict[str, Estimate], e
     name, best = max(simple.items(), key=lambda one: one[1].value)
     if ours.low <= best.high:
         return (
-            f"It is not told apart from the simplest rival ({name}, {best.value:.3f}): the last steps tell what there is, or the "
-            "series are too few for a sequence model. Start from the simple one."
+            f"It is not told apart from the simplest rival ({name}, {best.value:.3f}): that tells what there is, or the series "
+            "are too few for a sequence model. Start from the simple one."
         )
     if ours.value > own.value:
         return (
