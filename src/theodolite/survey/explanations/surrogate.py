@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 
 from theodolite.core.curve import QualityCurve
 from theodolite.core.estimate import Comparison, Control, Estimate, bootstrap, mean_of_runs
-from theodolite.core.subject import Subject
+from theodolite.core.subject import Dataset, Subject
 from theodolite.explanations.surrogate import BlackBox, OverlapWarning, Rule, SurrogateExplainer, fit_surrogate
 from theodolite.survey.chart import Budget, Needs, chart
 from theodolite.survey.figures import INKS, band_line, level_line
@@ -157,9 +157,10 @@ def high_dimensional_surrogate(subject: Subject, budget: Budget) -> Finding:
         )
     if data.scaling:
         rules = [rule.rescaled(data.scaling) for rule in rules]
+    said = [_said(rule, data) for rule in rules]
     return Finding(
         slug="high-dimensional-surrogate",
-        headline=_headline(reached, k, d, rules),
+        headline=_headline(reached, k, d, said),
         numbers=numbers,
         comparison=comparison,
         figure=_figure(explainer, sizes, curve, random, whole, on_labels),
@@ -167,7 +168,7 @@ def high_dimensional_surrogate(subject: Subject, budget: Budget) -> Finding:
         "beside as many random ones (band: lowest to highest of the draws); above the dotted line the copy tells more than a "
         "tree that never saw the model. Right: how much the model uses each column, each score in units of its largest, "
         "averaged, with standard errors over validation rows.",
-        advice=_advice(reached, rules),
+        advice=_advice(reached, said),
         seed=budget.seed,
         caveats=(
             f"Columns were ranked on {len(labels)} validation rows and the tree was fitted on {len(copies.x)} training rows; the "
@@ -178,7 +179,18 @@ def high_dimensional_surrogate(subject: Subject, budget: Budget) -> Finding:
     )  # fmt: skip
 
 
-def _headline(reached: Estimate, k: int, d: int, rules: Sequence[Rule]) -> str:
+def _said(rule: Rule, data: Dataset) -> str:
+    """The rule in words; a column that stands for one level of a category is that level or is not."""
+    levels = {f"{one.name}={level}": (one.name, level) for one in data.columns for level in one.levels}
+    text = str(rule)
+    for condition in rule.conditions:
+        if condition.feature in levels:
+            name, level = levels[condition.feature]
+            text = text.replace(str(condition), f"{name} is {level}" if condition.low > 0 else f"{name} is not {level}")
+    return text
+
+
+def _headline(reached: Estimate, k: int, d: int, rules: Sequence[str]) -> str:
     columns = f"{k} of {d} columns" if k < d else f"a small tree on all {d} columns" if d > 1 else "the one column"
     if reached.value <= 0:
         return f"A tree on {columns} follows the model no better than one constant answer (R² {reached.value:.2f})."
@@ -187,11 +199,11 @@ def _headline(reached: Estimate, k: int, d: int, rules: Sequence[Rule]) -> str:
     return f"{said[0].upper()}{said[1:]}; rule 1: {rules[0]}."
 
 
-def _advice(reached: Estimate, rules: Sequence[Rule]) -> str:
+def _advice(reached: Estimate, rules: Sequence[str]) -> str:
     text = "theodolite.explanations.surrogate.SurrogateExplainer gives all rules, the path of one row and the nearest change."
     if reached.value < 0.5:
         return f"Do not explain this model by these rules: they miss more than half of what it does. {text}"
-    listed = "; ".join(str(rule) for rule in rules[1:3])
+    listed = "; ".join(rules[1:3])
     return f"{text}" + (f" Next rules: {listed}." if listed else "")
 
 

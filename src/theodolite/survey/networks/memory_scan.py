@@ -20,7 +20,7 @@ from theodolite.survey.finding import Finding
 from theodolite.survey.networks.layers import Kernel, channel_memory, gallery, kernels_of, lengths_read, memory_bars
 
 _NAMES = {"legs": "LegS", "legt": "LegT", "fout": "FouT", "foud": "FouD", "lagt": "LagT"}
-_SHORTEST = 16
+_SHORTEST, _FEWEST = 16, 10  # steps, and rows of each part
 _BLOCKS = 5  # stretches of test times below which no gain is called sure: fewer agree by chance in more than 1 of 20
 _DEALS = 5  # random choices of channels
 _GALLERY = (
@@ -91,7 +91,7 @@ def _cost(subject: Subject) -> float:
     return 2 + 2e-6 * rows * length * min(8, channels) * np.log2(max(2, length)) / 8
 
 
-@chart("hippo", needs=Needs(test=_refusal), cost=_cost)
+@chart("hippo", needs=Needs(rows=_FEWEST, test=_refusal), cost=_cost)
 def memory(subject: Subject, budget: Budget) -> Finding:
     """How long a memory the series and their target ask for, and how long the network's layers have."""
     kernels = kernels_of(subject.predictor)

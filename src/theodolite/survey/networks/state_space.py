@@ -59,7 +59,7 @@ def _cost(subject: Subject) -> float:
     return 10.0 + rows * epochs * subject.data.shape[0] / _RATE
 
 
-@chart("diagonal-state-space", needs=Needs(test=_refusal), cost=_cost)
+@chart("diagonal-state-space", needs=Needs(rows=10, test=_refusal), cost=_cost)
 def diagonal_state_space(subject: Subject, budget: Budget) -> Finding:
     """The memory of a network's state space layers; for series and another model, what such a network reaches."""
     with one_thread():
