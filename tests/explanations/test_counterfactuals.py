@@ -57,6 +57,41 @@ def test_the_closest_point_in_l1_changes_the_steepest_column_alone():
     assert found.cost[0] == pytest.approx((2.5 - (0.8 - 0.6 + 0.9)) / 3, rel=0.02)
 
 
+def test_a_dear_column_changes_less_by_the_square_of_its_cost():
+    w, costs = np.array([2.0, -1.0, 3.0]), np.array([1.0, 1.0, 3.0])
+    x = np.array([[0.4, 0.6, 0.3]])
+    found = ClosestCounterfactual(costs=costs).fit(line(w.tolist(), -2.5), cube(3)).generate(x)
+    priced = w / costs**2  # the nearest in the metric of the costs
+    exact = x + ((2.5 - x @ w) / (w @ priced))[:, None] * priced
+    assert np.allclose(found.counterfactuals, exact, atol=0.02)
+    assert found.cost[0] == pytest.approx(float(np.linalg.norm((exact - x) * costs)), rel=0.02)
+
+
+def test_in_l1_the_column_with_most_effect_for_its_cost_changes_alone():
+    x = np.array([[0.4, 0.4, 0.4]])
+    found = ClosestCounterfactual(norm=1, costs={2: 2.0}).fit(line([2.0, -1.0, 3.0], -2.5), cube(3)).generate(x)
+    assert np.flatnonzero(np.abs(found.counterfactuals - x)[0] > 0.01).tolist() == [0]
+    assert found.cost[0] == pytest.approx((2.5 - (0.8 - 0.4 + 1.2)) / 2, rel=0.02)
+
+
+def test_neighbours_are_ranked_by_cost():
+    train = np.vstack([np.zeros(2), np.ones(2), [0.9, 0.1], [0.2, 0.85]])
+    net = line([1.0, 1.0], -0.95)
+    plain = NearestNeighbour().fit(net, train).generate([[0.3, 0.2]])
+    dear = NearestNeighbour(costs={1: 4.0}).fit(net, train).generate([[0.3, 0.2]])
+    assert np.allclose(plain.counterfactuals, [[0.9, 0.1]]) or np.allclose(plain.counterfactuals, [[0.2, 0.85]])
+    assert np.allclose(dear.counterfactuals, [[0.9, 0.1]])
+
+
+@pytest.mark.parametrize(
+    ("costs", "message"),
+    [({0: 0.0}, "above 0"), ([1.0, np.nan, 1.0], "above 0"), ([1.0], "shape"), ({9: 1.0}, "no column 9")],
+)
+def test_costs_that_cannot_be(costs, message):
+    with pytest.raises((InputError, DataError), match=message):
+        TableSchema.of(table(), costs=costs)
+
+
 def test_in_many_columns_l1_still_moves_few_of_them():
     """The nearest accepted row changes every column; the search must not be content with it."""
     rng = np.random.default_rng(0)

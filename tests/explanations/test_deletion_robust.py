@@ -679,3 +679,41 @@ def test_other_models_that_cannot_be():
             DeletionRobustCounterfactual(2).fit(x, y, model)
     with pytest.raises(ModelError, match=r"nn\.Linear or None"):
         worst_deletion(network(), x, y, x[0], 2)
+
+
+@pytest.mark.parametrize("norm", [1, 2])
+def test_costs_are_the_same_as_columns_in_other_units(norm):
+    rng, costs = np.random.default_rng(3), np.array([1.0, 2.0, 0.5, 3.0])
+    planes, x = rng.normal(size=(3, 5)), rng.normal(size=4)
+    priced = nearest(x, planes, 1.0, limited(costs=costs), norm)
+    stretched = planes / np.append(costs, 1.0)
+    plain = nearest(x * costs, stretched, 1.0, FREE, norm)
+    assert priced is not None
+    assert plain is not None
+    assert np.linalg.norm((priced - x) * costs, ord=norm) == pytest.approx(
+        np.linalg.norm(plain - x * costs, ord=norm), abs=1e-8
+    )
+    assert (planes @ np.append(priced, 1.0) >= 1 - 1e-7).all()
+
+
+def test_one_plane_with_costs_is_its_closed_form():
+    w, x, costs = np.array([1.0, -2.0, 0.5, 1.0, -0.3]), np.array([0.2, 0.1, -0.4, 0.0]), np.array([1.0, 2.0, 0.5, 3.0])
+    slope = w[:-1] / costs**2
+    exact = x + (1.0 - w[:-1] @ x - w[-1]) / (w[:-1] @ slope) * slope
+    assert np.allclose(nearest(x, w[None], 1.0, limited(costs=costs)), exact, atol=1e-12)
+
+
+@pytest.mark.parametrize("route", [None, "last-layer"])
+def test_a_dear_column_is_left_where_it_is_by_a_robust_counterfactual(route):
+    x, y = table()
+    model = None if route is None else trained(x, y)
+    options = {} if route is None else {"route": route}
+    queries = rejected(x, y)
+    found = DeletionRobustCounterfactual(k=3, costs={0: 20.0}).fit(x, y, model, **options).generate(queries)
+    plain = DeletionRobustCounterfactual(k=3).fit(x, y, model, **options).generate(queries)
+    moved, before = (np.abs(one.counterfactuals - queries)[one.valid].mean(axis=0) for one in (found, plain))
+    assert found.valid.any()
+    assert moved[0] < 0.1 * before[0]
+    there = found.valid
+    change = (found.counterfactuals - queries) * [20.0, 1.0, 1.0, 1.0]
+    assert np.allclose(found.cost[there], np.linalg.norm(change[there], axis=1))

@@ -1,3 +1,4 @@
+import json
 import math
 import warnings
 from dataclasses import replace
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from torch import nn
+from typer.testing import CliRunner
 
-from theodolite.core.errors import InputError, ModelError
+from theodolite.cli import app
+from theodolite.core.errors import DataError, InputError, ModelError
 from theodolite.explanations.robust_counterfactuals import (
     ClosestCounterfactual,
     ConfidenceThreshold,
@@ -458,3 +461,41 @@ def test_answers_that_cannot_be_used_are_told():
         TRex().fit(lambda x: torch.full((len(x),), 0.2), x).generate(x[:2])
     with pytest.raises(ModelError, match="a tensor, got ndarray"):
         stability(lambda x: np.full(len(x), 0.2), x[:2])
+
+
+def test_the_command_takes_costs_by_column_and_by_category(tmp_path):
+    rng = np.random.default_rng(0)
+    age, kind = rng.uniform(20, 70, size=300), rng.choice(["a", "b", "c"], size=300)
+    saved = rng.uniform(0, 100, size=300)
+    label = np.where(
+        (age - 45) / 25 + (saved - 50) / 50 + (kind == "a") + 0.3 * rng.normal(size=300) > 0.3, "yes", "no"
+    )
+    pd.DataFrame({"age": age, "kind": kind, "saved": saved, "label": label}).to_csv(tmp_path / "t.csv", index=False)
+
+    def run(*more):
+        return CliRunner().invoke(
+            app,
+            [
+                "run",
+                "robust-counterfactuals",
+                "--data",
+                str(tmp_path / "t.csv"),
+                "--target",
+                "label",
+                "--rows",
+                "4",
+                *more,
+            ],
+        )
+
+    plain, dear = (
+        json.loads(run(*more, "--json").stdout)["counterfactuals"]
+        for more in ((), ("--cost", "age=50", "--cost", "kind=50"))
+    )
+    assert all(one["reached"] for one in dear)
+    assert not any(name.startswith("kind=") for one in dear for name in one["changes"])
+    for one, other in zip(dear, plain, strict=True):
+        assert one["changes"]["age"] < other["changes"]["age"]
+        assert one["changes"]["saved"] > other["changes"]["saved"]
+    assert isinstance(run("--cost", "age").exception, InputError)
+    assert isinstance(run("--cost", "height=3").exception, DataError)

@@ -130,6 +130,16 @@ class Dataset:
         """Shape of one input."""
         return tuple(self.train.x.shape[1:])
 
+    @cached_property
+    def levels(self) -> dict[str, tuple[str, str]]:
+        """The column and the level that a feature stands for, of those that are 1 in rows of one level of a category."""
+        return {
+            f"{one.name}={level}": (one.name, level)
+            for one in self.columns
+            if one.kind == "category"
+            for level in one.levels
+        }
+
     @property
     def forecasts(self) -> bool:
         """Whether the target of a window is the next value of its first channel."""

@@ -101,8 +101,9 @@ class Search:
 class Generator(ABC):
     """What all generators share: ``fit(model, X_train)`` reads the table, ``generate(X)`` makes one point a row.
 
-    norm: 1 or 2, of the cost. immutable, increasing, decreasing, groups, bounds, names: as in `TableSchema.of`. sigma, k, seed:
-    of the reported stability. on_failure: "nan" or "raise" (`CounterfactualNotFoundError`). memory: bytes.
+    norm: 1 or 2, of the cost, in ranges of the training rows times ``costs``. immutable, increasing, decreasing, groups, bounds,
+    costs, names: as in `TableSchema.of`. sigma, k, seed: of the reported stability.
+    on_failure: "nan" or "raise" (`CounterfactualNotFoundError`). memory: bytes.
     """
 
     norm: int = 2
@@ -111,6 +112,7 @@ class Generator(ABC):
     decreasing: Sequence[Name] | None = None
     groups: Sequence[Sequence[Name]] = ()
     bounds: Any = None
+    costs: Any = None
     names: Sequence[str] = ()
     sigma: float = 0.05
     k: int = 1000
@@ -134,7 +136,7 @@ class Generator(ABC):
         """Keep the model and read the ranges of the training rows (n, d)."""
         self._schema = TableSchema.of(
             X_train, names=self.names, immutable=self.immutable, increasing=self.increasing,
-            decreasing=self.decreasing, groups=self.groups, bounds=self.bounds,
+            decreasing=self.decreasing, groups=self.groups, bounds=self.bounds, costs=self.costs,
         )  # fmt: skip
         self._train = self._schema.rows(X_train)
         self._model = model
@@ -285,8 +287,10 @@ class ClosestCounterfactual(Generator):
         best, distance = best.clone(), distance.clone()
         for step in range(self.steps):
             odds, slope = log_odds_slope(search, z)
-            if self.norm == 1:  # the shrinking step takes as much from every column, so the steepest has to move at all
-                slope = slope / slope.abs().amax(dim=1, keepdim=True).clamp_min(1e-12)
+            slope = slope / region.costs  # moves are in units of cost
+            # the L1 step takes as much from every column, so the steepest has to move at all
+            length = slope.abs().amax(dim=1, keepdim=True) if self.norm == 1 else slope.norm(dim=1, keepdim=True)
+            slope = slope / length.clamp_min(1e-12)
             over = odds >= _EDGE
             if step >= self.steps // 2:
                 hit |= over
@@ -294,8 +298,8 @@ class ClosestCounterfactual(Generator):
             improved = over & (cost < distance)
             best[improved], distance[improved] = z[improved], cost[improved]
             rate = self.lr * (1 - step / self.steps) + 1e-4
-            moved = z + torch.where(over, 0.0, rate * weight)[:, None] * slope
-            z = region.project(region.start + _shrink(moved - region.start, rate, self.norm))
+            moved = (z - region.start) * region.costs + torch.where(over, 0.0, rate * weight)[:, None] * slope
+            z = region.project(region.start + _shrink(moved, rate, self.norm) / region.costs)
         return best, distance, hit
 
 
@@ -330,7 +334,8 @@ def neighbours(search: Search, norm: int) -> list[Int[Tensor, " candidate"]]:
     out = []
     for start, low, high in zip(search.region.start, search.region.low, search.region.high, strict=True):
         inside = ((search.accepted >= low - 1e-9) & (search.accepted <= high + 1e-9)).all(dim=1).nonzero().ravel()
-        out.append(inside[(search.accepted[inside] - start).norm(p=norm, dim=1).argsort(stable=True)])
+        away = (search.accepted[inside] - start) * search.region.costs
+        out.append(inside[away.norm(p=norm, dim=1).argsort(stable=True)])
     return out
 
 
@@ -378,14 +383,17 @@ def _pulled_back(search: Search, best: Tensor, found: Tensor) -> Tensor:
 
 
 def _swapped(method: Generator, search: Search, z: Tensor) -> Float[Tensor, "row feature"]:
-    """Points with groups set, one after another, to the member that raises the log-odds most, until the method's aim is met."""
+    """Points with groups set, one after another, to the member that raises the log-odds most for its cost, until the method's
+    aim is met.
+    """
     z, left, region = z.clone(), torch.arange(len(z)), search.region
     for _ in range(2 * len(region.groups)):
         left = left[method._merit(search.on(left), z[left]) < method._goal + _EDGE]
         if len(left) == 0:
             break
         part, here = search.on(left), z[left]
-        most, best = part.log_odds(here), here.clone()
+        before, best = part.log_odds(here), here.clone()
+        most = torch.zeros_like(before)
         for group in region.groups:
             columns = list(group)
             for member in group:
@@ -393,9 +401,10 @@ def _swapped(method: Generator, search: Search, z: Tensor) -> Float[Tensor, "row
                 tried[:, columns] = 0.0
                 tried[:, member] = 1.0
                 allowed = ((tried >= part.region.low) & (tried <= part.region.high))[:, columns].all(dim=1)
-                odds = torch.where(allowed, part.log_odds(tried), -torch.inf)
-                best = torch.where((odds > most)[:, None], tried, best)
-                most = torch.maximum(most, odds)
+                gain = (part.log_odds(tried) - before) / region.costs[member]
+                gain = torch.where(allowed, gain, -torch.inf)
+                best = torch.where((gain > most)[:, None], tried, best)
+                most = torch.maximum(most, gain)
         z[left] = best
         left = left[(best != here).any(dim=1)]
     return z

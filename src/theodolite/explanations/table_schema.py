@@ -30,6 +30,7 @@ class TableSchema:
     immutable, increasing, decreasing: (d,) columns that keep their value, may only grow, may only fall. groups: columns of
     one-hot groups; their members are 0 or 1 and exactly one is 1. floor, ceiling: (d,) bounds that hold in any case, infinite
     where none were given; there the range of the training rows (or the row's own value, where it lies outside) is the limit.
+    costs: (d,) what a change of each column counts beside the others, 1 where not told.
     absent: members of groups that no training row has, which no row is moved to.
     """
 
@@ -41,6 +42,7 @@ class TableSchema:
     decreasing: Bool[np.ndarray, " feature"]
     floor: Float[np.ndarray, " feature"]
     ceiling: Float[np.ndarray, " feature"]
+    costs: Float[np.ndarray, " feature"]
     groups: tuple[tuple[int, ...], ...] = ()
     absent: frozenset[int] = frozenset()
 
@@ -55,10 +57,12 @@ class TableSchema:
         decreasing: Sequence[Name] | None = None,
         groups: Sequence[Sequence[Name]] = (),
         bounds: Any = None,
+        costs: Any = None,
     ) -> "TableSchema":
         """Read ranges from training rows (n, d); columns are told by name (a data frame has them) or by number.
 
         immutable: columns or a mask (d,). bounds: {column: (low, high)}, or (low, high) with each a number, (d,) or None.
+        costs: {column: number} or (d,), each above 0; a change of category changes two columns of its group.
         Raises DataError (a ValueError) for NaN, for groups that are not one-hot in the rows, and for unknown columns.
         """
         names = tuple(map(str, X.columns)) if hasattr(X, "columns") else tuple(names)
@@ -86,7 +90,7 @@ class TableSchema:
         if (up | down)[flat].any():
             raise InputError("columns of a one-hot group cannot be one-way; make the group immutable instead")
         floor, ceiling = _bounds(bounds, at, d)
-        return cls(names, low, high, fixed, up, down, floor, ceiling, members, absent)
+        return cls(names, low, high, fixed, up, down, floor, ceiling, _costs(costs, at, d), members, absent)
 
     @property
     def span(self) -> Float[np.ndarray, " feature"]:
@@ -118,7 +122,8 @@ class TableSchema:
         high = np.where(np.isin(np.arange(len(self.low)), list(self.absent)), x, high)
         low = np.where(self.immutable | self.increasing, np.maximum(low, x), low)
         high = np.where(self.immutable | self.decreasing, np.minimum(high, x), high)
-        return Region(self.scaled(x), self.scaled(low), self.scaled(high), self.groups)
+        costs = torch.as_tensor(self.costs)
+        return Region(self.scaled(x), self.scaled(low), self.scaled(high), costs, self.groups)
 
     def restored(self, z: Tensor, x: np.ndarray) -> Float[np.ndarray, "row feature"]:
         """Points in the user's units, bit for bit the row's own value where nothing changed, and within the limits."""
@@ -138,6 +143,7 @@ class Region:
     start: Float[Tensor, "row feature"]
     low: Float[Tensor, "row feature"]
     high: Float[Tensor, "row feature"]
+    costs: Float[Tensor, " feature"]
     groups: tuple[tuple[int, ...], ...] = ()
 
     @property
@@ -165,11 +171,11 @@ class Region:
             chosen = out[:, columns].argmax(dim=1)
             out[:, columns] = torch.nn.functional.one_hot(chosen, len(columns)).to(out)
             low[:, columns] = high[:, columns] = out[:, columns]
-        return out, Region(self.start, low, high)
+        return out, replace(self, low=low, high=high, groups=())
 
     def cost(self, z: Tensor, norm: int) -> Float[Tensor, " row"]:
-        """Distance from the row, L1 or L2, in scaled units."""
-        return (z - self.start).norm(p=norm, dim=1)
+        """Distance from the row, L1 or L2, in scaled units, each column's times what its change costs."""
+        return ((z - self.start) * self.costs).norm(p=norm, dim=1)
 
 
 def _simplex(z: Tensor, low: Tensor, high: Tensor) -> Float[Tensor, "row member"]:
@@ -248,3 +254,17 @@ def _bounds(bounds: Any, at: Any, d: int) -> tuple[np.ndarray, np.ndarray]:
     if np.isnan(low).any() or np.isnan(high).any() or (low > high).any():
         raise InputError("bounds must be numbers, each lower one at most the upper one")
     return low, high
+
+
+def _costs(costs: Any, at: Any, d: int) -> Float[np.ndarray, " feature"]:
+    out = np.ones(d)
+    if isinstance(costs, Mapping):
+        for column, cost in costs.items():
+            out[at(column)] = cost
+    elif costs is not None:
+        if np.shape(costs) != (d,):
+            raise DataError(f"costs must be {{column: number}} or ({d},), got shape {np.shape(costs)}")
+        out[:] = costs
+    if not (np.isfinite(out).all() and (out > 0).all()):
+        raise InputError("costs must be finite and above 0; what may not change is immutable")
+    return out

@@ -34,6 +34,12 @@ def command(
             help="one-hot group: its columns with commas between them; repeat for more (default: the categories of the file)"
         ),
     ] = None,
+    cost: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="COLUMN=NUMBER: what a change over the column's range costs, 1 where not told; repeat for more"
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="CSV file to write the counterfactuals to, in the units of the file")
     ] = None,
@@ -43,8 +49,10 @@ def command(
 ) -> None:
     """Counterfactuals that retrained models accept, too: with --rows for so many test rows, else a chart as in the survey."""
     if rows is None:
-        if wanted or immutable or increasing or decreasing or group or out:
-            raise InputError("--wanted, --immutable, --increasing, --decreasing, --group and --out go with --rows")
+        if wanted or immutable or increasing or decreasing or group or cost or out:
+            raise InputError(
+                "--wanted, --immutable, --increasing, --decreasing, --group, --cost and --out go with --rows"
+            )
         chart("robust-counterfactuals", flags, seconds, memory, as_json)
         return
     import numpy as np
@@ -71,7 +79,7 @@ def command(
         "tau": tau, "names": data.features, "immutable": _features(data, immutable or ()), "increasing": increasing,
         "decreasing": decreasing,
         "groups": [one.split(",") for one in group] if group else one_hot_groups(data), "seed": flags.seed,
-        "memory": memory << 20,
+        "costs": _costs(data, cost or ()), "memory": memory << 20,
     }  # fmt: skip
     method = (TRex if subject.is_network else TRexNearest)(**options)
     found = method.fit(subject.predictor, subject.flat("train")).generate(chosen, target)
@@ -104,6 +112,23 @@ def command(
         },
         as_json,
     )
+
+
+def _costs(data: Any, told: Iterable[str]) -> dict[str, float]:
+    """What a change of each feature costs: that of a category for each of its levels."""
+    found = dict[str, float]()
+    for text in told:
+        column, _, number = text.rpartition("=")
+        value = float("nan")
+        try:
+            value = float(number)
+        except ValueError:
+            column = ""
+        if not column:
+            raise InputError(f"--cost {text}: need COLUMN=NUMBER, such as age=5")
+        levels = [feature for feature, (name, _) in data.levels.items() if name == column]
+        found |= dict.fromkeys(levels or [column], value)
+    return found
 
 
 def _features(data: Any, columns: Iterable[str]) -> list[str]:

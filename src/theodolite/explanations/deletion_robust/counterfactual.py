@@ -63,10 +63,11 @@ class DeletionRobustCounterfactual(BaseEstimator):
     the curvature that leaves with the row), "first-order" (the paper's equation) or "first-order-damped" (the paper's code:
     ``damping`` in place of the ridge). For networks ``damping`` is the ridge of the influence. verify: retrain without the rows
     that were found and go on until the counterfactual survives that too; only then is it `certified`, for the sets visited.
-    immutable, increasing, decreasing, groups, bounds: what may change, as in `theodolite.explanations.table_schema.TableSchema`:
+    immutable, increasing, decreasing, groups, bounds, costs: what may change, and at what price, as in
+    `theodolite.explanations.table_schema.TableSchema`:
     columns by number or name (of a data frame) that keep their value, may only grow, may only fall; one-hot groups, whose
     members stay 0 or 1 with exactly one 1 (leave these columns unscaled); (low, high), each a number, one a column or None, or
-    {column: (low, high)}. The range of the training rows is no limit.
+    {column: (low, high)}; costs of one unit of a column, {column: number} or (d,). The range of the training rows is no limit.
 
     Points on the boundary of an influence model are often rejected after a true retraining, for influence is a little too
     small; verify mends that.
@@ -99,6 +100,7 @@ class DeletionRobustCounterfactual(BaseEstimator):
         increasing: Any = None,
         decreasing: Any = None,
         groups: Any = (),
+        costs: Any = None,
     ) -> None:
         self.k = k
         self.norm = norm
@@ -113,6 +115,7 @@ class DeletionRobustCounterfactual(BaseEstimator):
         self.increasing = increasing
         self.decreasing = decreasing
         self.groups = groups
+        self.costs = costs
 
     def fit(
         self,
@@ -178,7 +181,7 @@ class DeletionRobustCounterfactual(BaseEstimator):
         try:
             return TableSchema.of(
                 X, immutable=self.immutable, increasing=self.increasing, decreasing=self.decreasing,
-                groups=self.groups, bounds=self.bounds,
+                groups=self.groups, bounds=self.bounds, costs=self.costs,
             )  # fmt: skip
         except (InputError, TypeError):
             raise
@@ -311,7 +314,7 @@ class DeletionRobustCounterfactual(BaseEstimator):
         there = np.asarray(np.isfinite(points).all(axis=1))
         reaches = np.where(there, sign * (np.where(there, score, 0.0) - self.threshold) >= -1e-7, False)
         return DeletionCounterfactualSet(
-            points, np.linalg.norm(points - x, ord=self.norm, axis=1), np.linalg.norm(plain - x, ord=self.norm, axis=1),
+            points, self.feasible_.cost(points - x, self.norm), self.feasible_.cost(plain - x, self.norm),
             score, rows, planes, np.zeros(len(x), dtype=np.int64) if retrained is None else retrained,
             never if certified is None else certified & there, reaches, self.k_,
         )  # fmt: skip

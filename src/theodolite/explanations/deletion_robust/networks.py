@@ -214,7 +214,7 @@ def search(
     member and, in another search, at the row's own; the nearer of the two points is taken.
     """
     low, high = feasible.around(x)
-    found = _search(x, worst, threshold, low, high)
+    found = _search(x, worst, threshold, low, high, feasible.costs)
     if not feasible.groups:
         return found
     best, least = np.full_like(x, np.nan), np.full(len(x), np.inf)
@@ -226,8 +226,8 @@ def search(
             held_low[:, columns] = held_high[:, columns] = np.eye(len(columns))[likely]
         # a group that may not change, or whose member may not be there, cannot be held elsewhere
         held_low, held_high = np.maximum(held_low, low), np.minimum(held_high, high)
-        point = _search(x, worst, threshold, held_low, held_high)
-        cost = np.where(np.isfinite(point[:, 0]), np.linalg.norm(point - x, axis=1), np.inf)
+        point = _search(x, worst, threshold, held_low, held_high, feasible.costs)
+        cost = np.where(np.isfinite(point[:, 0]), feasible.cost(point - x), np.inf)
         nearer = cost < least
         best[nearer], least[nearer] = point[nearer], cost[nearer]
     return best
@@ -239,6 +239,7 @@ def _search(
     threshold: float,
     low: np.ndarray,
     high: np.ndarray,
+    costs: np.ndarray,
 ) -> np.ndarray:
     nowhere = np.asarray((low > high).any(axis=1))
     low, high = np.minimum(low, high), np.maximum(low, high)
@@ -250,7 +251,7 @@ def _search(
         if settled.all():
             break
         gap = threshold + MARGIN - value - (slope * (x - here)).sum(axis=1)
-        aim = _onto(x, slope, gap, low, high)
+        aim = _onto(x * costs, slope / costs, gap, low * costs, high * costs) / costs  # the nearest in units of cost
         here = np.where(settled[:, None], here, here + (1.0 if step < 3 else 0.5) * (aim - here))
         value, slope = worst(here)
     span = here - x

@@ -4,6 +4,7 @@ __all__ = ["CutResult", "Feasible", "cut", "nearest", "robust_to_weight_box"]
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import linprog, nnls
@@ -21,7 +22,8 @@ Worst = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, list[np
 
 @dataclass(frozen=True, eq=False)
 class Feasible:
-    """What a counterfactual may change: low and high (d,) in any case, may_fall and may_rise (d,), one-hot groups.
+    """What a counterfactual may change: low and high (d,) in any case, may_fall and may_rise (d,), one-hot groups,
+    and the costs (d,) of a change.
 
     The same limits as in `theodolite.explanations.table_schema.TableSchema`, but for the range of the training rows, which is
     no limit here: the nearest robust point of a linear model often lies outside.
@@ -31,13 +33,14 @@ class Feasible:
     high: np.ndarray
     may_fall: np.ndarray
     may_rise: np.ndarray
+    costs: np.ndarray
     groups: tuple[tuple[int, ...], ...] = ()
     absent: tuple[int, ...] = ()
 
     @classmethod
     def everything(cls, d: int) -> "Feasible":
         """Nothing is held."""
-        return cls(np.full(d, -np.inf), np.full(d, np.inf), np.ones(d, dtype=bool), np.ones(d, dtype=bool))
+        return cls(np.full(d, -np.inf), np.full(d, np.inf), np.ones(d, dtype=bool), np.ones(d, dtype=bool), np.ones(d))
 
     @classmethod
     def of(cls, schema: TableSchema) -> "Feasible":
@@ -47,7 +50,11 @@ class Feasible:
         low[members] = np.maximum(low[members], 0.0)
         high[members] = np.minimum(high[members], 1.0)
         fall, rise = ~(schema.immutable | schema.increasing), ~(schema.immutable | schema.decreasing)
-        return cls(low, high, fall, rise, schema.groups, tuple(sorted(schema.absent)))
+        return cls(low, high, fall, rise, schema.costs, schema.groups, tuple(sorted(schema.absent)))
+
+    def cost(self, change: np.ndarray, norm: int = 2) -> Any:
+        """L1 or L2 cost of changes (..., d): an array, or a number of one change (d,)."""
+        return np.linalg.norm(change * self.costs, ord=norm, axis=-1)
 
     @property
     def open(self) -> bool:
@@ -70,7 +77,8 @@ def nearest(
     """The point nearest to x (d,) where (point, 1) . plane >= threshold for all planes (q, d + 1); None where there is none.
 
     norm 2: least-distance programming as a non-negative least-squares problem (Lawson and Hanson, 1974); norm 1: a linear
-    program. For one plane w and nothing held it is x + (threshold - f(x)) w / |w|^2. With one-hot groups by branch and bound
+    program; each column's change counts times its cost. For one plane w, nothing held and costs 1 it is
+    x + (threshold - f(x)) w / |w|^2. With one-hot groups by branch and bound
     over their members, likeliest first: the nearest where its 200 relaxations suffice, otherwise the nearest found.
     """
     low, high = feasible.around(x)
@@ -78,7 +86,8 @@ def nearest(
         return None
     if feasible.open and norm == 2 and len(planes) == 1:
         slope, gap = planes[0, :-1], threshold - planes[0, :-1] @ x - planes[0, -1]
-        size = float(slope @ slope)
+        slope = slope / feasible.costs**2
+        size = float(planes[0, :-1] @ slope)
         if gap <= 0:
             return x.copy()
         return None if size == 0 else x + gap / size * slope
@@ -87,13 +96,13 @@ def nearest(
     while waiting and left:
         low, high = waiting.pop()
         left -= 1
-        point = _inside(x, planes, threshold, low, high, feasible.groups, norm)
-        if point is None or np.linalg.norm(point - x, ord=norm) >= least - 1e-9:
+        point = _inside(x, planes, threshold, low, high, feasible, norm)
+        if point is None or feasible.cost(point - x, norm) >= least - 1e-9:
             continue
         held = low == high
         unsettled = [list(group) for group in feasible.groups if not held[list(group)].all()]
         if not unsettled:
-            best, least = point, float(np.linalg.norm(point - x, ord=norm))
+            best, least = point, float(feasible.cost(point - x, norm))
             continue
         most = [float(point[group].max()) for group in unsettled]
         widest = unsettled[int(np.argmin(most))]
@@ -124,25 +133,25 @@ def _inside(
     threshold: float,
     low: np.ndarray,
     high: np.ndarray,
-    groups: tuple[tuple[int, ...], ...],
+    feasible: Feasible,
     norm: int,
 ) -> np.ndarray | None:
     """`nearest` within low and high (d,), where the members of a group sum to 1 but need not be 0 or 1."""
     free, found = low < high, np.clip(x, low, high)
     found[free] = x[free]
-    sums = np.zeros((len(groups), len(x)))
-    for row, group in zip(sums, groups, strict=True):
+    sums, costs = np.zeros((len(feasible.groups), len(x))), feasible.costs[free]
+    for row, group in zip(sums, feasible.groups, strict=True):
         row[list(group)] = 1.0
     slopes = np.vstack([planes[:, :-1], sums, -sums])
     wanted = np.concatenate([threshold - planes[:, -1], np.ones(len(sums)), -np.ones(len(sums))])
     gaps = wanted - slopes @ found
     if not free.any():
         return found if (gaps <= 1e-9).all() else None
-    below, above = low[free] - x[free], high[free] - x[free]
-    change = (_least_squares if norm == 2 else _least_sum)(slopes[:, free], gaps, below, above)
+    below, above = (low[free] - x[free]) * costs, (high[free] - x[free]) * costs  # in units of cost
+    change = (_least_squares if norm == 2 else _least_sum)(slopes[:, free] / costs, gaps, below, above)
     if change is None:
         return None
-    found[free] = np.clip(x[free] + change, low[free], high[free])
+    found[free] = np.clip(x[free] + change / costs, low[free], high[free])
     return found
 
 

@@ -88,7 +88,11 @@ class Wachter(Coordinates, Generator):
             good = (odds >= 0) & (cost < distance)
             count[good & torch.isinf(distance)] = step + 1
             best[good], distance[good] = z[good], cost[good]
-            downhill = away.sign() if self.norm == 1 else away / cost.clamp_min(1e-12)[:, None]
+            downhill = (
+                away.sign() * region.costs
+                if self.norm == 1
+                else away * region.costs**2 / cost.clamp_min(1e-12)[:, None]
+            )
             slope = -torch.sigmoid(-odds)[:, None] * slope + self.lam * downhill
             at.grad = self._pulled(search, at.detach(), slope)
             optimizer.step()

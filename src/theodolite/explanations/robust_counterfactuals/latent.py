@@ -29,6 +29,12 @@ class Coordinates:
         """A gradient by the points as one by their coordinates."""
         return slope
 
+    def _uphill(self, search: Search, at: Tensor, slope: Tensor) -> Tensor:
+        """Where to move for most gain at least cost, along columns that are not at their limit."""
+        region = search.region
+        blocked = ((at >= region.high) & (slope > 0)) | ((at <= region.low) & (slope < 0))
+        return torch.where(blocked, 0.0, slope) / region.costs**2
+
     def _within(self, search: Search, at: Tensor) -> Tensor:
         """Coordinates of the nearest points within the region."""
         return search.region.project(at)
@@ -78,6 +84,9 @@ class LatentCoordinates(Coordinates, Generator):
             code = at.detach().requires_grad_(True)
             (out,) = torch.autograd.grad(self._points(search, code), code, slope)
         return out
+
+    def _uphill(self, search: Search, at: Tensor, slope: Tensor) -> Tensor:
+        return self._pulled(search, at, slope)
 
     def _within(self, search: Search, at: Tensor) -> Tensor:
         return at

@@ -67,7 +67,7 @@ class Raised(Coordinates, Generator):
             left, slope, part = left[going], slope[going], part.on(going)
             if step == self.max_steps or len(left) == 0:
                 break
-            slope = self._pulled(part, at[left], slope)
+            slope = self._uphill(part, at[left], slope)
             moved = at[left] + self.step_size * slope / slope.norm(dim=1, keepdim=True).clamp_min(1e-12)
             away = moved - centre[left]
             moved = centre[left] + away * (self.radius / away.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1)

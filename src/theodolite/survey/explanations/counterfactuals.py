@@ -224,15 +224,21 @@ def _advice(subject: Subject, run: _Run, ours: str) -> str:
     found = run.found[ours]
     span = np.ptp(subject.flat("train"), axis=0)
     scale = [scale for _, scale in subject.data.scaling] or [1.0] * len(names)
+    levels = subject.data.levels
     told = []
     for i in range(min(_SHOWN, len(run.rows))):
         if not found.valid[i]:
             told.append(f"row {i + 1}: none found")
             continue
         change = found.counterfactuals[i] - run.rows[i]
-        largest = np.argsort(-np.abs(change) / np.where(span > 0, span, 1.0), kind="stable")[:3]
-        moves = ", ".join(f"{names[c]} {scale[c] * change[c]:+.3g}" for c in largest if change[c] != 0)
-        told.append(f"row {i + 1} (stability {found.stability[i]:.2f}): {moves}")
+        largest = np.argsort(-np.abs(change) / np.where(span > 0, span, 1.0), kind="stable")
+        moves = [
+            f"{levels[names[c]][0]} becomes {levels[names[c]][1]}" if names[c] in levels
+            else f"{names[c]} {scale[c] * change[c]:+.3g}"
+            for c in largest
+            if change[c] > 0 or (change[c] < 0 and names[c] not in levels)  # a level left is told by the one entered
+        ]  # fmt: skip
+        told.append(f"row {i + 1} (stability {found.stability[i]:.2f}): {', '.join(moves[:3])}")
     return (
         f"Largest changes that make the answer {subject.data.classes[run.target]}, by {ours}: {'; '.join(told)}. Say what may "
         "not change with immutable=, increasing=, groups= and bounds= of theodolite.explanations.robust_counterfactuals."

@@ -181,11 +181,10 @@ def high_dimensional_surrogate(subject: Subject, budget: Budget) -> Finding:
 
 def _said(rule: Rule, data: Dataset) -> str:
     """The rule in words; a column that stands for one level of a category is that level or is not."""
-    levels = {f"{one.name}={level}": (one.name, level) for one in data.columns for level in one.levels}
     text = str(rule)
     for condition in rule.conditions:
-        if condition.feature in levels:
-            name, level = levels[condition.feature]
+        if condition.feature in data.levels:
+            name, level = data.levels[condition.feature]
             text = text.replace(str(condition), f"{name} is {level}" if condition.low > 0 else f"{name} is not {level}")
     return text
 

@@ -191,6 +191,7 @@ def _figure(
                 "values": [[text.strip() for text in column] for column in columns],
                 "align": "left",
                 "font": {"family": "monospace"},
+                "height": 28,
             },
         ),
         row=2, col=1,
