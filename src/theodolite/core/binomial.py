@@ -19,7 +19,7 @@ def binomial_interval(successes: int, n: int, *, confidence: float = 0.95) -> tu
     >>> [round(bound, 3) for bound in binomial_interval(9, 10)]
     [0.555, 0.997]
     """
-    if n < 1 or not 0 <= successes <= n or successes != int(successes):
+    if n < 1 or not 0 <= successes <= n or successes != int(successes):  # 3.5 successes would be answered by scipy
         raise InputError(f"need whole numbers with 0 <= successes <= n and n >= 1, got successes={successes}, n={n}")
     if not 0 < confidence < 1:
         raise InputError(f"confidence must lie between 0 and 1, got {confidence}")
