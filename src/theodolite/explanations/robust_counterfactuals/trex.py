@@ -2,6 +2,7 @@
 
 __all__ = ["ConfidenceThreshold", "TRex", "TRexLatent", "TRexNearest"]
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,9 +76,9 @@ class Raised(Coordinates, Generator):
             count[left] += 1
         return kept, count
 
+    @abstractmethod
     def _objective(self, search: Search, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Value (n,), gradient (n, d), and whether the model accepts (n,)."""
-        raise NotImplementedError
 
 
 @dataclass(kw_only=True)
