@@ -63,6 +63,11 @@ class Column:
     missing: int
     levels: tuple[str, ...] = ()
 
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of the features it becomes: its own, or "column=level" for each level of a category."""
+        return tuple(f"{self.name}={level}" for level in self.levels) if self.kind == "category" else (self.name,)
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -134,10 +139,10 @@ class Dataset:
     def levels(self) -> dict[str, tuple[str, str]]:
         """The column and the level that a feature stands for, of those that are 1 in rows of one level of a category."""
         return {
-            f"{one.name}={level}": (one.name, level)
+            feature: (one.name, level)
             for one in self.columns
             if one.kind == "category"
-            for level in one.levels
+            for feature, level in zip(one.features, one.levels, strict=True)
         }
 
     @property

@@ -133,5 +133,5 @@ def _costs(data: Any, told: Iterable[str]) -> dict[str, float]:
 
 def _features(data: Any, columns: Iterable[str]) -> list[str]:
     """Names of features: of a category of the file that of its first level, since one holds the whole group."""
-    firsts = {column.name: f"{column.name}={column.levels[0]}" for column in data.columns if column.kind == "category"}
+    firsts = {column.name: column.features[0] for column in data.columns if column.kind == "category"}
     return [name if name in data.features else firsts.get(name, name) for name in columns]

@@ -111,11 +111,7 @@ class Encoding:
     @cached_property
     def features(self) -> tuple[str, ...]:
         """Names of the features: the column's, or "column=level"."""
-        return tuple(
-            f"{column.name}={level}" if level else column.name
-            for column in self.columns
-            for level in (column.levels if column.kind == "category" else ("",))
-        )
+        return tuple(feature for column in self.columns for feature in column.features)
 
     @cached_property
     def scaling(self) -> tuple[tuple[float, float], ...]:

@@ -271,10 +271,10 @@ def _picked(encoding: Encoding, table: Table, wanted: Wanted) -> list[int]:
         return every
     known = {name: i for i, name in enumerate(encoding.features)}
     known |= {
-        f"{column.name}_{level}": known[f"{column.name}={level}"]
+        f"{column.name}_{level}": known[feature]
         for column in encoding.columns
         if column.kind == "category"
-        for level in column.levels
+        for feature, level in zip(column.features, column.levels, strict=True)
     }
     if tuple(column.name for column in encoding.columns) == wanted.columns:
         return every

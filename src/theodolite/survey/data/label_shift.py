@@ -58,7 +58,7 @@ def domain_column(data: Dataset) -> Column | None:
         return data.domains
     for column in data.columns:
         words = column.name.lower().replace("_", " ").replace("-", " ").split()
-        as_features = all(f"{column.name}={level}" in data.features for level in column.levels)
+        as_features = all(feature in data.features for feature in column.features)
         if column.kind == "category" and as_features and any(name in words for name in _NAMES):
             return column
     return None

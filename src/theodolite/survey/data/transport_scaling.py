@@ -59,7 +59,7 @@ def find_column(subject: Subject) -> tuple[str, dict[str, np.ndarray]] | None:
     features = list(data.features)
     found: dict[str, dict[str, np.ndarray]] = {}
     for column in data.columns:
-        names = [f"{column.name}={level}" for level in column.levels]
+        names = column.features
         if column.kind == "category" and 2 <= len(names) <= _MOST_SOURCES and all(name in features for name in names):
             of = subject.flat("train")[:, [features.index(name) for name in names]].argmax(axis=1)
             kept = {level: of == i for i, level in enumerate(column.levels) if (of == i).sum() >= _FEWEST_ROWS}

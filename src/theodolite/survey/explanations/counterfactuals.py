@@ -47,7 +47,7 @@ def one_hot_groups(data: Dataset) -> list[list[int]]:
     """Feature numbers of each column of categories that is one feature per level, in the order of the file."""
     at = {name: i for i, name in enumerate(data.features)}
     found = [
-        [at[f"{column.name}={level}"] for level in column.levels if f"{column.name}={level}" in at]
+        [at[feature] for feature in column.features if feature in at]
         for column in data.columns
         if column.kind == "category"
     ]
