@@ -207,6 +207,38 @@ def test_both_directions_read_all_of_the_series():
         layer(u, torch.zeros(1, 2, 4, dtype=torch.complex64))
 
 
+@pytest.mark.parametrize("measure", MEASURES)
+def test_the_recurrence_is_the_convolution_to_rounding(measure, float64):
+    layer = S4(3, 16, measure, seed=0).eval()
+    u, outputs = noise(2, 150, 3).double(), []
+    with torch.no_grad():
+        whole, last = layer(u)
+        stream, state = layer.recurrence(), layer.initial_state(2)
+        for sample in u.unbind(dim=1):
+            y, state = stream(sample, state)
+            outputs.append(y)
+    assert not list(stream.parameters())
+    assert torch.allclose(torch.stack(outputs, dim=1), whole, atol=1e-10)
+    assert torch.allclose(state, last, atol=1e-10)
+
+
+def test_the_recurrence_is_saved_and_exported_and_keeps_the_weights_of_its_making():
+    layer = S4(3, 16, seed=0)
+    stream, state, u = layer.recurrence(), layer.initial_state(2), noise(2, 3)
+    known, _ = stream(u, state)
+    with torch.no_grad():
+        layer.kernel.C.mul_(2.0)
+        layer.D.mul_(2.0)
+    assert torch.equal(stream(u, state)[0], known)
+    program = torch.export.export(stream, (u, state)).module()
+    assert torch.allclose(program(u, state)[0], known)
+    other = S4(3, 16, seed=1).recurrence()
+    other.load_state_dict(stream.state_dict())
+    assert torch.equal(other(u, state)[0], known)
+    with pytest.raises(InputError, match="bidirectional"):
+        S4(3, 16, bidirectional=True).recurrence()
+
+
 def test_it_takes_the_place_of_s4d():
     network = S4DClassifier(1, 3, d_model=4, n_layers=2, n_state=8, seed=0)
     for block in network.blocks:

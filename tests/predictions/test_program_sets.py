@@ -559,6 +559,22 @@ def test_every_family_is_calibrated_with_its_own_level(solver):
         assert (calibrator.tau_, score.removed_fraction) == (1.0, 1.0)
 
 
+def test_sets_are_the_same_over_two_processes():
+    made, references = pairs(60, 3)
+
+    def own_match(partial_program, reference):  # stays here: a local function cannot be sent to a process
+        return partial_program.text == reference or "??" in partial_program.text
+
+    here, there = (
+        ProgramSetCalibrator(max_holes=2, match=own_match, executor=executor).fit(made, references, epsilon=0.2)
+        for executor in (None, 2)
+    )
+    assert (here.tau_, here.errors_.tolist()) == (there.tau_, there.errors_.tolist())
+    for alone, spread in zip(here.families(made[:20]), there.families(made[:20]), strict=True):
+        assert [one.kept.tolist() for one in alone] == [one.kept.tolist() for one in spread]
+    assert here.score(made, references) == there.score(made, references)
+
+
 def test_where_no_level_keeps_the_promise_everything_is_a_hole():
     made = [generation("f(a)", i) for i in range(50)]
     calibrator = ProgramSetCalibrator(tau_grid=[0.001]).fit(made, ["g(b)"] * 50, 0.1, 0.1)

@@ -2,21 +2,37 @@
 
 __all__ = ["LocalModel"]
 
-import copy
-import inspect
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from theodolite.core.errors import InputError, ModelError
-from theodolite.core.memory import chunks
+from theodolite.core.memory import DEFAULT_BUDGET, chunks
 from theodolite.language.model import AnswerCache, Completion, LanguageModel, Scored, Token
 from theodolite.language.pretrained import WHEELS, load_decoder
+
+if TYPE_CHECKING:
+    from theodolite.language.branches import Text
+
+
+_KEPT = 0.25  # of the memory: what texts that were read may take until others are
+
+
+class _Row:
+    """A continuation as it is written. places: where each token is drawn, by the seed and the number of the continuation."""
+
+    def __init__(self, limit: int, seed: int, number: int) -> None:
+        self.limit, self.finish = limit, "length"
+        self.places = np.random.default_rng([seed % 2**64, number]).random(limit).tolist()
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
 
 
 class LocalModel(LanguageModel):
@@ -29,12 +45,14 @@ class LocalModel(LanguageModel):
         super().__init__(name, cache=cache, concurrency=1)
         self._memory = memory
         self._loaded: tuple[Any, Any] | None = None
+        self._fixed = True
+        self._texts: dict[tuple[int, ...], Text] = {}
 
     @classmethod
     def of(cls, name: str, model: Any, tokenizer: Any) -> "LocalModel":
         """A model that is loaded already; its answers are not kept, since its weights may change."""
         made = cls(name)
-        made._loaded = (model, tokenizer)
+        made._loaded, made._fixed = (model, tokenizer), False
         return made
 
     def _identity(self) -> dict[str, Any]:
@@ -80,64 +98,108 @@ class LocalModel(LanguageModel):
         if self.tokenizer.chat_template is None:
             raise ModelError(f"{self.name} has no chat template, so it cannot hold a conversation; use generate")
         text = self.tokenizer.apply_chat_template(request["messages"], tokenize=False, add_generation_prompt=True)
-        return self._continue(self._ids(text, special=False), request | {"n": 1, "top_p": 1.0})[0]
+        return next(self._continue([self._ids(text, special=False)], request | {"n": 1, "top_p": 1.0}))[0]
 
     def _generate(self, request: dict[str, Any]) -> list[Completion]:
-        return self._continue(self._ids(request["prompt"], special=True), request)
+        return next(self._generate_each([request]))
+
+    def _generate_each(self, requests: Sequence[dict[str, Any]]) -> Iterator[list[Completion]]:
+        # they differ in the prompt alone
+        yield from self._continue([self._ids(one["prompt"], special=True) for one in requests], requests[0])
+
+    def _continue(self, starts: list[list[int]], request: dict[str, Any]) -> Iterator[list[Completion]]:
+        """Continuations of each text, as many at a time as the memory allows."""
+        from theodolite.language.branches import shares
+
+        if not all(starts):
+            raise InputError(f"the prompt has no tokens for {self.name}")
+        longest, count = max(map(len, starts)), request["n"]
+        self._fits(longest, "the prompt")
+        together = shares(self.model)
+        rows = [(i, j) for i in range(len(starts)) for j in range(count)]
+        # keys of the text and of what is written, and some numbers for each token that may be next
+        size = self._bytes(longest / count if together else longest, self._most(longest, request), 16)
+        made: list[Completion] = []
+        for batch in [rows] if together else [rows[at : at + count] for at in range(0, len(rows), count)]:
+            for part in chunks(len(batch), size, self._memory):
+                made += self._written(starts, batch[part], request)
+                while len(made) >= count:
+                    yield made[:count]
+                    made = made[count:]
+
+    def _most(self, read: int, request: dict[str, Any]) -> int:
+        """Tokens that may be written after ``read`` tokens."""
+        return request["max_tokens"] if self.window is None else min(request["max_tokens"], self.window - read)
 
     @torch.no_grad()
-    def _continue(self, ids: list[int], request: dict[str, Any]) -> list[Completion]:
-        if not ids:
-            raise InputError(f"the prompt has no tokens for {self.name}")
-        self._fits(len(ids), "the prompt")
-        most = request["max_tokens"] if self.window is None else min(request["max_tokens"], self.window - len(ids))
-        generator = torch.Generator().manual_seed(request["seed"])
-        count = request["n"]
-        out = self.model(torch.tensor([ids]), use_cache=True, **self._only(1))
-        logits, past = out.logits[:, -1], _cache_of(out)
-        if count > 1:
-            past.batch_repeat_interleave(count)
-            logits = logits.expand(count, -1)
-        ends = _end_tokens(self.model, self.tokenizer)
-        rows: list[list[int]] = [[] for _ in range(count)]
-        logprobs: list[list[float]] = [[] for _ in range(count)]
-        finish = ["length"] * count
-        for _ in range(most):
-            chosen, told = _draw(logits, request["temperature"], request["top_p"], generator)
-            for i in range(count):
-                if finish[i] == "length":
-                    if int(chosen[i]) in ends:
-                        finish[i] = "stop"
-                        continue
-                    rows[i].append(int(chosen[i]))
-                    logprobs[i].append(float(told[i]))
-                    if any(stop in self.tokenizer.decode(rows[i]) for stop in request["stop"]):
-                        finish[i] = "stop"
-            if "length" not in finish:
-                break
-            out = self.model(chosen[:, None], use_cache=True, **_with_cache(self.model, past))
-            logits, past = out.logits[:, -1], _cache_of(out)
-        return [
-            self._completion(row, told, end, request, len(ids))
-            for row, told, end in zip(rows, logprobs, finish, strict=True)
-        ]
+    def _written(
+        self, starts: list[list[int]], rows: list[tuple[int, int]], request: dict[str, Any]
+    ) -> list[Completion]:
+        """rows: (text, number of its continuation). What a row draws depends on the seed and its number alone."""
+        from theodolite.language.branches import Branches, draw
 
-    def _completion(
-        self, row: list[int], told: list[float], finish: str, request: dict[str, Any], prompt: int
-    ) -> Completion:
-        tokens = _with_places(self.tokenizer, row, told)
-        text = "".join(token.text for token in tokens)
+        counts = Counter(i for i, _ in rows)
+        texts = self._read([starts[i] for i in counts])
+        written = [_Row(self._most(len(starts[i]), request), request["seed"], j) for i, j in rows]
+        ends = _end_tokens(self.model, self.tokenizer)
+        stops = [(stop, len(stop.encode()) + 1) for stop in request["stop"]]
+        branches = Branches(
+            self.model, list(zip(texts, counts.values(), strict=True)), max(row.limit for row in written)
+        )
+        logits = torch.cat([text.logits.expand(count, -1) for text, count in zip(texts, counts.values(), strict=True)])
+        going = [row for row in written if row.limit]
+        while going:
+            places = torch.tensor([row.places[len(row.ids)] for row in going], device=logits.device)
+            chosen = draw(logits, request["temperature"], request["top_p"], places)
+            told = (
+                logits.float().log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist() if request["logprobs"] else []
+            )
+            for at, (row, token) in enumerate(zip(going, chosen.tolist(), strict=True)):
+                if token in ends:
+                    row.finish = "stop"
+                    continue
+                row.ids.append(token)
+                row.logprobs += told[at : at + 1]
+                # a token has at least a byte, so that the last tokens hold a stop text that has just been written
+                if any(stop in self.tokenizer.decode(row.ids[-last:]) for stop, last in stops):
+                    row.finish = "stop"
+            left = [at for at, row in enumerate(going) if row.finish == "length" and len(row.ids) < row.limit]
+            if 0 < len(left) < len(going):
+                branches.keep(left)
+                chosen = chosen[left]
+            going = [going[at] for at in left]
+            if going:
+                logits = branches.step(chosen[:, None])[:, -1]
+        return [self._completion(row, request, len(starts[i])) for row, (i, _) in zip(written, rows, strict=True)]
+
+    def _read(self, starts: list[list[int]]) -> list["Text"]:
+        """What the network makes of each text; the last few are kept, as a text is often gone on from again."""
+        from theodolite.language.branches import read_text
+
+        keys = [tuple(ids) for ids in starts]
+        kept = {key: self._texts[key] if key in self._texts else read_text(self.model, key) for key in keys}
+        budget = DEFAULT_BUDGET if self._memory is None else self._memory
+        small = self._bytes(sum(map(len, keys)), 0, 0) <= budget * _KEPT
+        self._texts = kept if self._fixed and small else {}
+        return [kept[key] for key in keys]
+
+    def _completion(self, row: "_Row", request: dict[str, Any], prompt: int) -> Completion:
+        tokens = _with_places(self.tokenizer, row.ids, row.logprobs) if request["logprobs"] else None
+        text = self.tokenizer.decode(row.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         cuts = [text.find(stop) for stop in request["stop"] if stop in text]
         if cuts:
             text = text[: min(cuts)]
-            tokens = [token for token in tokens if token.start < len(text)]
-        return Completion(text, tuple(tokens) if request["logprobs"] else None, finish, prompt, len(row))
+        if tokens is not None:
+            tokens = tuple(token for token in tokens if token.start < len(text) or not cuts)
+        return Completion(text, tokens, "stop" if cuts else row.finish, prompt, len(row.ids))
 
     @torch.no_grad()
     def _score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[Scored]:
         """One forward pass for what all prompts begin with, one row for each prompt with all of a continuation but its last
         token; continuations of one token share the row of their prompt.
         """
+        from theodolite.language.branches import read_text
+
         starts = [self._ids(prompt, special=True) for prompt in prompts]
         if not all(starts):
             raise InputError(f"a prompt has no tokens for {self.name}; give at least one word")
@@ -147,9 +209,7 @@ class LocalModel(LanguageModel):
         self._fits(max(map(len, starts)) + max(map(len, ends)) - 1, "a prompt with its continuation")
         columns = zip(*(start[:-1] for start in starts), strict=False)
         shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-        past = None
-        if shared:
-            past = _cache_of(self.model(torch.tensor([starts[0][:shared]]), use_cache=True, **self._only(1)))
+        past = read_text(self.model, starts[0][:shared]) if shared else None
         readings: dict[tuple[int, ...], list[int]] = {}
         for j, end in enumerate(ends):
             readings.setdefault(tuple(end[:-1]), []).append(j)
@@ -157,10 +217,10 @@ class LocalModel(LanguageModel):
         rows.sort(key=lambda row: len(starts[row[0]]) + len(row[1]))  # rows of one length together: little is padded
         found = [[0.0] * len(ends) for _ in starts]
         width = max(len(start) - shared for start in starts) + max(map(len, readings))
-        for part in chunks(len(rows), self._bytes(shared, width), self._memory):
+        for part in chunks(len(rows), self._bytes(shared, width, width), self._memory):
             ids = [[*starts[i][shared:], *middle] for i, middle in rows[part]]
             first = min(len(starts[i]) - shared - 1 for i, _ in rows[part])  # before it no row is read
-            for (i, middle), row, told in zip(rows[part], ids, self._after(ids, first, shared, past), strict=True):
+            for (i, middle), row, told in zip(rows[part], ids, self._after(ids, first, past), strict=True):
                 # what follows the prompt, and what follows each token of the middle
                 asked = told[len(row) - len(middle) - 1 - first : len(row) - first].float().log_softmax(-1)
                 for j in readings[middle]:
@@ -168,30 +228,24 @@ class LocalModel(LanguageModel):
         read = sum(map(len, ends))
         return [Scored(tuple(row), len(start) + read) for row, start in zip(found, starts, strict=True)]
 
-    def _bytes(self, shared: int, width: int) -> float:
+    def _bytes(self, read: float, own: int, places: int) -> float:
         """Of a row: keys and values of every layer (twice while they grow), logits, and what a layer works on."""
         config = self.model.config
         heads = config.num_attention_heads
         ratio = (getattr(config, "num_key_value_heads", None) or heads) / heads
-        kept = 2 * config.num_hidden_layers * config.hidden_size * ratio * (shared + width)
-        return 4.0 * (2 * kept + width * config.vocab_size + 16 * width * config.hidden_size)
+        kept = 2 * config.num_hidden_layers * config.hidden_size * ratio * (read + own)
+        return 4.0 * (2 * kept + places * config.vocab_size + 16 * places * config.hidden_size)
 
-    def _after(self, rows: list[list[int]], first: int, shared: int, past: Any) -> Tensor:
+    def _after(self, rows: list[list[int]], first: int, past: "Text | None") -> Tensor:
         """Logits of every next token from place ``first`` on, (rows, places, vocabulary); ``past`` serves all rows."""
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-        there = torch.tensor([[1] * (shared + len(row)) + [0] * (width - len(row)) for row in rows])
-        more = self._only(width - first)
-        if past is not None:
-            kept = copy.deepcopy(past)
-            kept.batch_repeat_interleave(len(rows))
-            more |= _with_cache(self.model, kept)
-        logits = self.model(ids, attention_mask=there, use_cache=past is not None, **more).logits
-        return logits[:, first - width :]
+        from theodolite.language.branches import Branches, last_places
 
-    def _only(self, last: int) -> dict[str, Any]:
-        """What spares the logits of all but the last places, where the network can."""
-        return {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self.model.device)
+        if past is not None:
+            return Branches(self.model, [(past, len(rows))], width).step(ids, width - first)
+        logits = self.model(ids, use_cache=False, **last_places(self.model, width - first)).logits
+        return logits[:, first - width :]
 
     @torch.no_grad()
     def _tokens(self, text: str) -> tuple[list[Token], int]:
@@ -204,32 +258,10 @@ class LocalModel(LanguageModel):
         return _with_places(self.tokenizer, ids, [None, *map(float, told)]), len(ids)
 
 
-def _cache_of(out: Any) -> Any:
-    """Keys and values of a forward pass, under the name that this version of transformers gives them."""
-    return out["cache"] if "cache" in out else out["past_key_values"]
-
-
-def _with_cache(model: Any, cache: Any) -> dict[str, Any]:
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    return {name: cache}
-
-
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
     named = model.generation_config.eos_token_id
     several = named if isinstance(named, (list, tuple)) else [named]
     return {token for token in (*several, tokenizer.eos_token_id) if token is not None}
-
-
-def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The next token of each row and its log-probability under the model itself, before temperature and top_p."""
-    told = logits.float().log_softmax(-1)
-    if temperature == 0:
-        chosen = told.argmax(-1)
-    else:
-        p, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # the smallest set of at least top_p
-        chosen = order.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
-    return chosen, told.gather(1, chosen[:, None])[:, 0]
 
 
 def _with_places(tokenizer: Any, ids: Sequence[int], logprobs: Sequence[float | None]) -> list[Token]:

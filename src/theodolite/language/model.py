@@ -31,7 +31,7 @@ import os
 import sqlite3
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -223,33 +223,34 @@ class LanguageModel(ABC):
         with ThreadPoolExecutor(self._concurrency) as pool:
             return list(pool.map(lambda messages: self.chat(messages, **options), conversations))
 
-    def generate(
-        self,
-        prompt: str,
-        n: int = 1,
-        *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        max_tokens: int = 512,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-        logprobs: bool = False,
-    ) -> list[Completion]:
-        """n continuations of ``prompt`` (of an endpoint: answers to it), cut before the first of ``stop``."""
-        if n < 1 or not 0 < top_p <= 1:
-            raise InputError(f"need n >= 1 and 0 < top_p <= 1, got {n} and {top_p}")
-        request = _sampling(temperature, max_tokens, seed, stop) | {
-            "prompt": prompt,
-            "n": n,
-            "top_p": top_p,
-            "logprobs": logprobs,
-        }
-        return self._remembered("generate", request, lambda: self._generate(request))
+    def generate(self, prompt: str, n: int = 1, **options: Any) -> list[Completion]:
+        """n continuations of ``prompt`` (of an endpoint: answers to it), cut before the first of ``stop``.
+
+        options: temperature (0), top_p (1), max_tokens (512), seed (0), stop (texts), logprobs (False).
+        """
+        return self.generate_many([prompt], n, **options)[0]
 
     def generate_many(self, prompts: Sequence[str], n: int = 1, **options: Any) -> list[list[Completion]]:
-        """`generate` for several prompts, as many at a time as the model was connected for, in their order."""
+        """`generate` for several prompts, in their order: an endpoint is asked for as many at a time as the model was
+        connected for, a local model writes all at the same time as far as its memory allows.
+        """
+        requests = [_continuation(prompt, n, **options) for prompt in prompts]
+        keys = [self._key("generate", request) for request in requests]
+        found: dict[int, list[Completion]] = {}
+        for at, key in enumerate(keys):
+            if (kept := self._kept(key)) is not None:
+                found[at] = [_completion(row) for row in kept]
+        missing = [at for at in range(len(keys)) if at not in found]
+        if missing:
+            for at, made in zip(missing, self._generate_each([requests[at] for at in missing]), strict=True):
+                self._keep_completions(keys[at], made)
+                found[at] = made
+        return [found[at] for at in range(len(keys))]
+
+    def _generate_each(self, requests: Sequence[dict[str, Any]]) -> Iterator[list[Completion]]:
+        """Continuations of each prompt, in their order, without the cache; the requests differ in the prompt alone."""
         with ThreadPoolExecutor(self._concurrency) as pool:
-            return list(pool.map(lambda prompt: self.generate(prompt, n, **options), prompts))
+            yield from pool.map(self._generate, requests)
 
     def score(self, prompt: str, continuations: Sequence[str]) -> np.ndarray:
         """log p(continuation | prompt) for each, (n,) float64: the sum over all tokens of the continuation.
@@ -319,13 +320,18 @@ class LanguageModel(ABC):
         if kept is not None:
             return kept if plain else [_completion(row) for row in kept]
         made = ask()
-        self._keep(key, made if plain else [asdict(one) for one in made])
-        if not plain:
-            self._count(
-                prompt_tokens=sum(one.prompt_tokens for one in made),
-                completion_tokens=sum(one.completion_tokens for one in made),
-            )
+        if plain:
+            self._keep(key, made)
+        else:
+            self._keep_completions(key, made)
         return made
+
+    def _keep_completions(self, key: str, made: Sequence[Completion]) -> None:
+        self._keep(key, [asdict(one) for one in made])
+        self._count(
+            prompt_tokens=sum(one.prompt_tokens for one in made),
+            completion_tokens=sum(one.completion_tokens for one in made),
+        )
 
     def _count(self, **more: int) -> None:
         with self._counting:
@@ -338,6 +344,24 @@ def _sampling(temperature: float, max_tokens: int, seed: int, stop: Sequence[str
     if isinstance(stop, str) or not all(stop):
         raise InputError(f"stop is a sequence of texts, none of them empty; got {stop!r}")
     return {"temperature": temperature, "max_tokens": max_tokens, "seed": seed, "stop": list(stop)}
+
+
+def _continuation(
+    prompt: str,
+    n: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    max_tokens: int = 512,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    logprobs: bool = False,
+) -> dict[str, Any]:
+    if n < 1 or not 0 < top_p <= 1:
+        raise InputError(f"need n >= 1 and 0 < top_p <= 1, got {n} and {top_p}")
+    return _sampling(temperature, max_tokens, seed, stop) | {
+        "prompt": prompt, "n": n, "top_p": top_p, "logprobs": logprobs,
+    }  # fmt: skip
 
 
 def _completion(row: dict[str, Any]) -> Completion:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from theodolite.commands import Json, Seed
+from theodolite.commands import Json, Seed, Workers
 from theodolite.core.errors import DataError, InputError
 from theodolite.run_commands.shared import lines, tell
 
@@ -47,6 +47,7 @@ def command(
         Path | None, typer.Option(help="JSON Lines file for the partial programs of the pairs kept apart")
     ] = None,
     seed: Seed = 0,
+    workers: Workers = None,
     as_json: Json = False,
 ) -> None:
     """Calibrate partial programs on pairs of prompt and right program, and measure them on pairs kept apart."""
@@ -98,13 +99,13 @@ def command(
         return [generations[i] for i in places], [references[i] for i in places]
 
     options = {"language": language, "dialect": dialect, "match": match}
-    calibrator = ProgramSetCalibrator(max_holes, **options).fit(*of(calibration), epsilon, delta)
+    calibrator = ProgramSetCalibrator(max_holes, executor=workers, **options).fit(*of(calibration), epsilon, delta)
     point = ProgramSetCalibrator(max_holes, solver="none", **options)
     written, right = of(test)
     whole = point.families(written)
     unparsable = np.array([family[0].tree.unparsed for family in whole])
     exact = float((~point.errors(whole, right)[:, 0] & ~unparsable).mean())
-    sets = [calibrator.predict(one) for one in written]
+    sets = [calibrator.predict(one) for one in (written[:3] if out is None else written)]
     if out is not None:
         write_whole(
             out,

@@ -276,9 +276,11 @@ def _gather_powers(u: Tensor, log_step: Tensor) -> Tensor:
     """sum_l Abar_n^(L-1-l) u_l (B, H, M) of u (B, H, L)."""
     low_re, low_im, high_re, high_im = _tables(log_step, u.shape[-1])
     blocks, inner = high_re.shape[-1], low_re.shape[-1]
-    back = F.pad(u.flip(-1), (0, blocks * inner - u.shape[-1])).unflatten(-1, (blocks, inner))
-    within = torch.einsum("bhij,hnj->bhni", back, torch.cat([low_re, low_im], dim=-2))
+    lack = blocks * inner - u.shape[-1]
+    rows = (F.pad(u, (lack, 0)) if lack else u).unflatten(-1, (blocks, inner))
+    within = torch.einsum("bhij,hnj->bhni", rows, torch.cat([low_re, low_im], dim=-2).flip(-1))
     re, im = within.chunk(2, dim=-2)
+    high_re, high_im = high_re.flip(-1), high_im.flip(-1)
     return torch.complex((re * high_re - im * high_im).sum(-1), (re * high_im + im * high_re).sum(-1))
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "HippoMemory",
     "MemoryScan",
     "S4Kernel",
+    "S4Recurrence",
     "basis",
     "discretize",
     "hippo_matrix",
@@ -33,6 +34,6 @@ from theodolite.networks.hippo.discretize import discretize
 from theodolite.networks.hippo.kernels import basis, ssm_kernel, weight
 from theodolite.networks.hippo.matrices import NPLR, hippo_matrix, low_rank_correction, normal_plus_low_rank
 from theodolite.networks.hippo.memory import DelayReadout, HippoMemory
-from theodolite.networks.hippo.s4 import S4, timescale_report
+from theodolite.networks.hippo.s4 import S4, S4Recurrence, timescale_report
 from theodolite.networks.hippo.s4_kernel import S4Kernel
 from theodolite.networks.hippo.scan import MemoryScan, memory_scan

@@ -1,6 +1,6 @@
 """The trainable layer that starts from a named memory, and what its time steps say about its memory."""
 
-__all__ = ["S4", "timescale_report"]
+__all__ = ["S4", "S4Recurrence", "timescale_report"]
 
 import pandas as pd
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from theodolite.core.convolution import causal_convolution
 from theodolite.core.errors import InputError, ModelError
-from theodolite.networks.hippo.s4_kernel import S4Kernel
+from theodolite.networks.hippo.s4_kernel import S4Kernel, Stepper
 
 
 class S4(nn.Module):
@@ -17,8 +17,9 @@ class S4(nn.Module):
 
     Input (B, L, H), output (B, L, H) and the state after it (B, H, N/2) complex. The calls are those of
     `diagonal_ssm.S4D`, so either layer takes the other's place; the state is exact, so a series read in chunks, each with
-    the state of the last, gives the outputs of the series read at once. Each channel has its own time step, log-uniform in
-    [dt_min, dt_max]: it remembers about 1/dt steps, so dt_min ~ 1 / (the longest dependency).
+    the state of the last, gives the outputs of the series read at once. `step` reads one sample; `recurrence` is a module of
+    its own that does so with prepared weights, for a stream that runs for long or for torch.export. Each channel has its own
+    time step, log-uniform in [dt_min, dt_max]: it remembers about 1/dt steps, so dt_min ~ 1 / (the longest dependency).
 
     rank: of P; more than the measure's own adds rows that start near 0. l_max: longest series; None grows with what comes.
     bidirectional: a second kernel reads the series backwards; such a layer has no `step`. normalize: scale B so that a
@@ -113,6 +114,12 @@ class S4(nn.Module):
         half = self.kernel.n_state // 2
         return torch.zeros(batch, self.d_model, half, dtype=self.D.dtype.to_complex(), device=self.D.device)
 
+    def recurrence(self) -> "S4Recurrence":
+        """`step` in eval mode as a module without parameters: its weights are a prepared copy of today's."""
+        self._check_causal()
+        with torch.no_grad():
+            return S4Recurrence(self.kernel.stepper(), self.D)
+
     def _convolved(self, u: Tensor) -> Tensor:
         y = u * self.D[:, None] + causal_convolution(u, self.kernel(u.shape[-1]))
         if self.backward_kernel is not None:
@@ -141,6 +148,32 @@ class S4(nn.Module):
             raise InputError(
                 f"the state must be {shape} of {dtype}, got {_told(state)}; `initial_state({batch})` makes one"
             )
+
+
+class S4Recurrence(nn.Module):
+    """One sample a call, O(N) a channel, made by `S4.recurrence`; (u (B, H), state (B, H, N/2)) -> (y, state).
+
+    The weights are those of a step, complex ones as real pairs, so that a saved module holds real numbers only; torch.export
+    takes it as it is.
+    """
+
+    skip: Tensor
+
+    def __init__(self, weights: Stepper, skip: Tensor) -> None:
+        super().__init__()
+        for name, value in weights._asdict().items():
+            self.register_buffer(name, (torch.view_as_real(value) if value.is_complex() else value).detach().clone())
+        self._complex = frozenset(name for name, value in weights._asdict().items() if value.is_complex())
+        self.register_buffer("skip", skip.detach().clone())
+
+    def forward(
+        self, u: Float[Tensor, "batch channel"], state: Complex[Tensor, "batch channel half"]
+    ) -> tuple[Float[Tensor, "batch channel"], Complex[Tensor, "batch channel half"]]:
+        """The output for one sample, and the next state."""
+        found = {name: getattr(self, name) for name in Stepper._fields}
+        weights = {name: torch.view_as_complex(v) if name in self._complex else v for name, v in found.items()}
+        y, state = Stepper(**weights).step(u, state)
+        return y + self.skip * u, state
 
 
 def timescale_report(layer: nn.Module, sequence_length: int) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """The kernel of S4: a diagonal plus low-rank state matrix, its transfer function at the nodes of a Fourier transform."""
 
-__all__ = ["S4Kernel"]
+__all__ = ["S4Kernel", "Stepper"]
 
 import math
 from typing import ClassVar, NamedTuple
@@ -21,7 +21,7 @@ _TABLE = 64 << 20
 _BLOCK = 32
 
 
-class _Stepper(NamedTuple):
+class Stepper(NamedTuple):
     """What one step of the recurrence needs, (H, N/2) unless said: Abar = D' (2/dt + A), Bbar = 2 D' B with
     D' = (2/dt - A)^-1 = D - D P (1 + P* D P)^-1 P* D."""
 
@@ -32,6 +32,14 @@ class _Stepper(NamedTuple):
     inner: Tensor  # (1 + P* D P)^-1 (H, r, r)
     twice: Tensor  # 2/dt (H, 1)
     C: Tensor
+
+    def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """C x (B, H) and x = Abar state + Bbar u (B, H, N/2), O(N) a channel."""
+        x = (self.twice + self.Lambda) * state - _low_rank(self.P, self.P, state) + 2 * self.B * u[..., None]
+        x = self.D * x
+        projected = torch.einsum("hij,bhj->bhi", self.inner, _inner(self.P, x))
+        x = x - self.D * torch.einsum("bhr,hrn->bhn", projected.to(x.dtype), self.P)
+        return 2 * (self.C * x).real.sum(dim=-1), x
 
 
 class S4Kernel(nn.Module):
@@ -101,7 +109,7 @@ class S4Kernel(nn.Module):
         self.B = nn.Parameter(_pairs(B, dtype).repeat(d_model, 1, 1))
         self.C = nn.Parameter(torch.randn(d_model, n_state // 2, 2, dtype=dtype, generator=generator) * math.sqrt(0.5))
         self.register_buffer("nodes", torch.tensor(0))
-        self._steps: tuple[tuple, _Stepper] | None = None
+        self._steps: tuple[tuple, Stepper] | None = None
         if l_max is not None:
             self._span(l_max)
 
@@ -179,15 +187,11 @@ class S4Kernel(nn.Module):
     def step(
         self, u: Float[Tensor, "batch channel"], state: Complex[Tensor, "batch channel half"]
     ) -> tuple[Float[Tensor, "batch channel"], Complex[Tensor, "batch channel half"]]:
-        """C x and x = Abar state + Bbar u, O(N) a channel; the weights are prepared anew where they changed, or for gradients."""
-        s = self._stepper()
-        x = (s.twice + s.Lambda) * state - _low_rank(s.P, s.P, state) + 2 * s.B * u[..., None]
-        x = s.D * x
-        projected = torch.einsum("hij,bhj->bhi", s.inner, _inner(s.P, x))
-        x = x - s.D * torch.einsum("bhr,hrn->bhn", projected.to(x.dtype), s.P)
-        return 2 * (s.C * x).real.sum(dim=-1), x
+        """C x and x = Abar state + Bbar u, O(N) a channel."""
+        return self.stepper().step(u, state)
 
-    def _stepper(self) -> _Stepper:
+    def stepper(self) -> Stepper:
+        """The weights of a step: prepared anew where they changed, or for gradients."""
         key = tuple((p.data_ptr(), p._version, p.dtype) for p in (*self.parameters(), self.nodes))
         fresh = torch.is_grad_enabled()
         if not fresh and self._steps is not None and self._steps[0] == key:
@@ -199,7 +203,7 @@ class S4Kernel(nn.Module):
         inner = torch.linalg.inv(eye + 2 * torch.einsum("hin,hn,hjn->hij", P.conj(), D, P).real)
         row = self._plain_row(self._bilinear()[0]).to(self.C.dtype)
         half = self.n_state // 2
-        found = _Stepper(Lambda, P, B, D, inner, twice, torch.complex(row[:, :half], -row[:, half:]))
+        found = Stepper(Lambda, P, B, D, inner, twice, torch.complex(row[:, :half], -row[:, half:]))
         if not fresh:
             self._steps = (key, found)
         return found

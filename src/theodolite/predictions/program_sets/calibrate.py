@@ -3,22 +3,24 @@
 __all__ = ["CalibrationTooSmall", "Coverage", "ProgramSetCalibrator", "ReferenceParseError", "choose_level", "k_errors"]
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 
 from theodolite.core.binomial import allowed_errors, binomial_interval, needed_rows
 from theodolite.core.errors import DataError, InputError
+from theodolite.core.parallel import spread
 from theodolite.predictions.program_sets.costs import Generation, node_costs
 from theodolite.predictions.program_sets.membership import contains
 from theodolite.predictions.program_sets.pruning import PartialProgram, check_grid, prune
 from theodolite.predictions.program_sets.trees import (
     ProgramSyntaxError,
-    ProgramTree,
     parse_program,
     unparsed_program,
 )
@@ -101,6 +103,7 @@ class ProgramSetCalibrator(BaseEstimator):
     1 - 1e-5 where None. match: "structural", "official" (see `contains`) or a function of (partial program, reference text)
     that says whether the set is right, such as "a completion passes the tests", for which references may be any text.
     cost: as in `node_costs`. on_unparsable: "root-hole" (a generation that does not parse is one hole) or "raise".
+    executor: what `fit`, `score` and `families` spread the programs over, as in `spread`; the sets are the same.
 
     Learned: tau_ (1.0 where only holes at the root keep the promise), k_, errors_ (levels,), n_, unparsable_.
 
@@ -119,6 +122,7 @@ class ProgramSetCalibrator(BaseEstimator):
         dialect: str | None = None,
         hole_arity: str = "one",
         on_unparsable: str = "root-hole",
+        executor: Executor | int | None = None,
     ) -> None:
         self.max_holes = max_holes
         self.tau_grid = tau_grid
@@ -129,6 +133,7 @@ class ProgramSetCalibrator(BaseEstimator):
         self.dialect = dialect
         self.hole_arity = hole_arity
         self.on_unparsable = on_unparsable
+        self.executor = executor
 
     def fit(
         self, generations: Sequence[Generation], references: Sequence[str], epsilon: float = 0.1, delta: float = 0.1
@@ -152,21 +157,16 @@ class ProgramSetCalibrator(BaseEstimator):
 
     def predict(self, generation: Generation) -> PartialProgram:
         """The partial program of one generation at the chosen tau."""
-        if not hasattr(self, "tau_"):
-            raise NotFittedError("this calibrator has no tau yet; call fit first")
-        grid = self._grid()
-        family = self.families([generation])[0]
-        if self.tau_ == 1.0:
-            tree = family[0].tree
-            return PartialProgram(tree, np.zeros(len(tree), dtype=bool), 0.0)
-        return family[int(np.searchsorted(grid, self.tau_))]
+        self._check_fitted()
+        return self._chosen(_family(generation, **self._how()))
 
     def score(self, generations: Sequence[Generation], references: Sequence[str]) -> Coverage:
         """Coverage and size of the sets on pairs that were not calibrated on. Raises as `fit`."""
+        self._check_fitted()
         if not len(generations):
             raise InputError("need at least one pair to score")
         truth = self._right(generations, references)
-        sets = [self.predict(one) for one in generations]
+        sets = [self._chosen(family) for family in self.families(generations)]
         right = int((~self._errors([[one] for one in sets], truth)).sum())
         n = len(sets)
         return Coverage(
@@ -180,17 +180,8 @@ class ProgramSetCalibrator(BaseEstimator):
 
     def families(self, generations: Sequence[Generation]) -> list[list[PartialProgram]]:
         """The partial programs of each generation at every level of the grid."""
-        grid = self._grid()
-        made = []
-        for generation in generations:
-            tree = self._tree(generation.text)
-            if tree is None:
-                hole = PartialProgram(unparsed_program(generation.text, self.language), np.zeros(1, dtype=bool), 0.0)
-                made.append([hole] * len(grid))
-            else:
-                costs = node_costs(tree, generation.tokens, self.cost)
-                made.append(prune(tree, costs, grid, self.max_holes, self.solver))
-        return made
+        make = partial(_family, **self._how())
+        return spread(make, [(generation,) for generation in generations], executor=self.executor)
 
     def errors(
         self, families: Sequence[Sequence[PartialProgram]], references: Sequence[str]
@@ -237,12 +228,48 @@ class ProgramSetCalibrator(BaseEstimator):
     def _grid(self) -> np.ndarray:
         return check_grid(_LEVELS if self.tau_grid is None else self.tau_grid)
 
-    def _tree(self, text: str) -> ProgramTree | None:
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "tau_"):
+            raise NotFittedError("this calibrator has no tau yet; call fit first")
+
+    def _how(self) -> dict[str, Any]:
+        """What `_family` needs beside the generation."""
         if self.on_unparsable not in ("root-hole", "raise"):
             raise InputError(f'on_unparsable must be "root-hole" or "raise", got {self.on_unparsable!r}')
-        try:
-            return parse_program(text, self.language, self.dialect)
-        except ProgramSyntaxError:
-            if self.on_unparsable == "raise":
-                raise
-            return None
+        return {
+            "grid": self._grid(),
+            "max_holes": self.max_holes,
+            "solver": self.solver,
+            "cost": self.cost,
+            "language": self.language,
+            "dialect": self.dialect,
+            "refuse": self.on_unparsable == "raise",
+        }
+
+    def _chosen(self, family: Sequence[PartialProgram]) -> PartialProgram:
+        """The member of a family at the chosen tau."""
+        if self.tau_ == 1.0:
+            tree = family[0].tree
+            return PartialProgram(tree, np.zeros(len(tree), dtype=bool), 0.0)
+        return family[int(np.searchsorted(self._grid(), self.tau_))]
+
+
+def _family(
+    generation: Generation,
+    grid: Float[np.ndarray, " level"],
+    max_holes: int | None,
+    solver: str,
+    cost: str,
+    language: str,
+    dialect: str | None,
+    refuse: bool,
+) -> list[PartialProgram]:
+    """The partial programs of one generation; one that does not parse is a hole, or refused."""
+    try:
+        tree = parse_program(generation.text, language, dialect)
+    except ProgramSyntaxError:
+        if refuse:
+            raise
+        hole = PartialProgram(unparsed_program(generation.text, language), np.zeros(1, dtype=bool), 0.0)
+        return [hole] * len(grid)
+    return prune(tree, node_costs(tree, generation.tokens, cost), grid, max_holes, solver)
