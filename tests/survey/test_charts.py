@@ -88,6 +88,23 @@ def test_hidden_layers_are_found_by_shape():
     assert flat_nodes(Subject("series", data, network)) == ()
 
 
+@pytest.mark.parametrize("length", [10, 2])
+def test_the_holdout_counts_rows_that_overlap_in_time_once(length):
+    rows = Rows(torch.rand(60, 3, 1), torch.arange(60) % 2, groups=torch.arange(60) // length)
+    data = Dataset("series", "series", "classification", rows, rows, rows, (), ("no", "yes"))
+    subject, holdout = (
+        Subject("series", data, S4DClassifier(1, 2, d_model=4, n_state=4, seed=0)),
+        load_charts()["adaptive-data-analysis"],
+    )
+    if length == 10:
+        assert "at least 20 blocks of test rows that do not overlap in time; there are 6" in holdout.needs.refusal(
+            subject
+        )
+    else:
+        assert holdout.needs.refusal(subject) is None
+        assert "these 30 blocks of test rows" in measure("adaptive-data-analysis", subject).headline
+
+
 @pytest.mark.slow
 def test_the_code_of_a_finding_gives_its_numbers(tmp_path):
     state = survey(builtin("breast-cancer"), tmp_path, code="subject = theodolite.subject('breast-cancer')")

@@ -48,6 +48,7 @@ _LONGEST = 50_000  # characters of a snippet
 _KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # of the environment: what Python may need to start
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _RESTARTS = 2  # of a worker that an input ended
+_LONGEST_RUN, _MOST_MEMORY = 3600, 1 << 20  # seconds of an input, MiB
 _names = "eval exec compile open input breakpoint getattr setattr delattr vars globals locals dir help exit quit type memoryview"
 _NAMES = frozenset(_names.split())
 # numpy's, scipy's and string's ways to files, native code, code from text, and what leads from an object to a frame
@@ -232,14 +233,17 @@ class Sandbox:
 
     def run(self, code: str, inputs: Iterable[Any], *, timeout_s: float = 2, memory_mb: int = 256) -> list[Any]:
         """As `run_sandboxed`."""
-        if timeout_s <= 0 or memory_mb < 1:
-            raise InputError(f"need timeout_s > 0 and memory_mb >= 1, got {timeout_s} and {memory_mb}")
+        if not 0 < timeout_s <= _LONGEST_RUN or not 1 <= memory_mb <= _MOST_MEMORY:
+            raise InputError(
+                f"need timeout_s above 0 and up to {_LONGEST_RUN:,} s, and memory_mb from 1 to {_MOST_MEMORY:,} MiB, got "
+                f"{timeout_s} and {memory_mb}"
+            )
         tree = check_code(code)
         waiting = [_plain(value) for value in inputs]
         if tree is None:
             return [SandboxFailure("syntax", "the program does not compile")] * len(waiting)
         job = {
-            "code": code, "imports": _roots(tree), "defined": _defined(tree), "timeout": timeout_s, "memory": memory_mb << 20,
+            "code": code, "imports": _roots(tree), "defined": _defined(tree), "timeout": timeout_s, "memory": round(memory_mb * 2**20),
         }  # fmt: skip
         results: list[Any] = []
         for _ in range(1 + _RESTARTS):

@@ -21,7 +21,7 @@ from theodolite.explanations.function_interpretation.loop import (
 )
 from theodolite.language.model import LanguageModel
 
-_SHOWN = 60  # pairs that a prompt shows at a time
+_SHOWN = 60  # examples that a prompt begins with
 _MEANINGS = {
     "DESCRIPTION": "what the function does, in one or two sentences",
     "DOMAIN": "where it behaves differently from the rest, as an interval (a, b), or none",
@@ -36,8 +36,8 @@ class PolynomialInterpreter:
     numeric_only = True
 
     def __init__(self, degree: int = 3) -> None:
-        if degree < 0:
-            raise InputError(f"a degree must be at least 0, got {degree}")
+        if degree != int(degree) or degree < 0:
+            raise InputError(f"a degree is a whole number, at least 0, got {degree}")
         self.degree = degree
         self.name = "constant" if degree == 0 else f"polynomial of degree {degree}"
 
@@ -85,7 +85,8 @@ class OracleInterpreter:
         interval = getattr(self._fn, "interval", None)
         domain = "none" if interval is None else f"({interval[0]!r}, {interval[1]!r})"
         source = self._fn.source() if hasattr(self._fn, "source") else ""
-        return Interpretation(getattr(self._fn, "description", None) or f"{self._fn.kind}", domain, source, rounds=1)
+        words = getattr(self._fn, "description", "") or getattr(self._fn, "kind", "")
+        return Interpretation(words, domain, source, rounds=1, reason="" if words or source else "no known formula")
 
 
 class LanguageModelInterpreter:
@@ -146,7 +147,7 @@ def _opening(blackbox: BlackBox, mode: Mode, rounds: int) -> str:
 
 
 def _pairs(pairs: list[tuple[Any, Any]]) -> str:
-    return "\n".join(f"{json.dumps(given)} -> {json.dumps(got)}" for given, got in pairs[:_SHOWN])
+    return "\n".join(f"{json.dumps(given)} -> {json.dumps(got)}" for given, got in pairs)
 
 
 def _turn(text: str, blackbox: BlackBox, *, asks: bool) -> tuple[str, dict[str, str], str]:

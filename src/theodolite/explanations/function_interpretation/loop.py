@@ -58,8 +58,8 @@ class BlackBox:
         self.modality = modality or getattr(fn, "modality", "numeric")
         if self.modality not in SECTIONS:
             raise InputError(f"a function is {', '.join(SECTIONS)}, got {self.modality!r}")
-        if budget < 1 or not bounds[0] < bounds[1]:
-            raise InputError(f"need budget >= 1 and bounds in order, got {budget} and {bounds}")
+        if budget < 1 or not -math.inf < bounds[0] < bounds[1] < math.inf:
+            raise InputError(f"need budget >= 1 and finite bounds in order, got {budget} and {bounds}")
         self.budget, self.bounds = budget, (float(bounds[0]), float(bounds[1]))
         shown = getattr(fn, "examples", None) if examples is None else examples
         self.examples = tuple(
@@ -69,9 +69,16 @@ class BlackBox:
         modality_, ask = self.modality, fn
 
         def answer(inputs: list[Any]) -> list[Any]:  # holds the function, so that no attribute of the box does
-            if modality_ == "numeric":
-                return np.asarray(ask(np.array(inputs)), dtype=np.float64).tolist()
-            return [ask(one) for one in inputs] if modality_ == "string" else np.asarray(ask(inputs)).tolist()
+            if modality_ == "string":
+                return [ask(one) for one in inputs]
+            given = ask(np.array(inputs)) if modality_ == "numeric" else ask(inputs)
+            outputs = np.asarray(given)
+            if outputs.shape != (len(inputs),) or (modality_ == "numeric" and outputs.dtype.kind not in "biuf"):
+                raise InputError(
+                    f"a function must give one {'number' if modality_ == 'numeric' else 'value'} an input, shape "
+                    f"({len(inputs)},); this one gave shape {outputs.shape} of {outputs.dtype}"
+                )
+            return (outputs.astype(np.float64) if modality_ == "numeric" else outputs).tolist()
 
         self._answer = answer
 
@@ -140,7 +147,7 @@ class Interpreter(Protocol):
 
 
 def interpret(blackbox: BlackBox, interpreter: Interpreter, mode: str = "agent", rounds: int = 20) -> Interpretation:
-    """Let ``interpreter`` find out what ``blackbox`` does.
+    """Let ``interpreter`` find out what ``blackbox`` does; it is handed the box and nothing else.
 
     mode: "agent" (it may ask), "seeded" (it is shown the examples and may ask), "single_round" (it is shown the examples and
     answers). rounds: 1 to 20 of a dialogue. An endpoint that is down raises EndpointUnavailable.
@@ -150,8 +157,16 @@ def interpret(blackbox: BlackBox, interpreter: Interpreter, mode: str = "agent",
     return interpreter.interpret(blackbox, mode=mode, rounds=rounds)  # type: ignore[arg-type]
 
 
+_HEADING = re.compile(
+    r"(?:^[ \t]*#+[ \t]*)?(?:\*\*|__)?\[(DESCRIPTION|DOMAIN|CODE)\](?:\*\*|__)?[ \t]*:?(?:\*\*|__)?", re.MULTILINE
+)
+_FENCED = re.compile(r"^[ \t]*(```|~~~)[ \t]*\w*[ \t]*\r?\n(.*?)\r?\n?^[ \t]*\1", re.MULTILINE | re.DOTALL)
+
+
 def parse_answer(text: str, modality: str = "numeric") -> dict[str, str]:
-    """The sections of an answer, each once and with text, in their order; a fence around code is taken off.
+    """The sections of an answer, each once and with text, in their order.
+
+    Marks of a heading ("**[CODE]**:", "### [CODE]") are taken off, and of a [CODE] with one fenced block that block is taken.
 
     Raises AnswerError saying what is missing, there twice or out of order.
 
@@ -159,9 +174,7 @@ def parse_answer(text: str, modality: str = "numeric") -> dict[str, str]:
     'def f(x): return 2 * x'
     """
     wanted = SECTIONS[modality]
-    marks = [
-        (found.group(1), found.start(), found.end()) for found in re.finditer(r"\[(DESCRIPTION|DOMAIN|CODE)\]", text)
-    ]
+    marks = [(found.group(1), found.start(), found.end()) for found in _HEADING.finditer(text)]
     names = [name for name, *_ in marks]
     for name in wanted:
         if names.count(name) != 1:
@@ -173,24 +186,27 @@ def parse_answer(text: str, modality: str = "numeric") -> dict[str, str]:
         name: text[after:end].strip() for (name, _, after), end in zip(marks, ends, strict=True) if name in wanted
     }
     if "CODE" in sections:
-        fenced = re.fullmatch(r"```(?:python|py)?\s*\n(.*?)\n?```", sections["CODE"], re.DOTALL)
-        sections["CODE"] = fenced.group(1) if fenced else sections["CODE"]
+        fenced = _FENCED.findall(sections["CODE"])
+        sections["CODE"] = fenced[0][1] if len(fenced) == 1 else sections["CODE"]
     empty = next((name for name, value in sections.items() if not value), None)
     if empty is not None:
         raise AnswerError(f"[{empty}] has no text")
     return sections
 
 
-_NUMBER = r"([-+]?(?:inf(?:inity)?|∞|\d+(?:\.\d*)?(?:e[-+]?\d+)?))"
+_NUMBER = r"([-+]?(?:inf(?:inity)?|∞|(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?))"
 _PAIR = re.compile(rf"[\[(]\s*{_NUMBER}\s*,\s*{_NUMBER}\s*[\])]", re.IGNORECASE)
 _BETWEEN = re.compile(
-    rf"{_NUMBER}\s*(?:<=?|≤)\s*x\s*(?:<=?|≤)\s*{_NUMBER}|between\s+{_NUMBER}\s+and\s+{_NUMBER}", re.IGNORECASE
+    rf"{_NUMBER}\s*(?:<=?|≤)\s*x\s*(?:<=?|≤)\s*{_NUMBER}|(?:between|from)\s+{_NUMBER}\s+(?:and|to)\s+{_NUMBER}",
+    re.IGNORECASE,
 )
-_SIDE = re.compile(rf"x\s*(<=?|>=?|≤|≥)\s*{_NUMBER}", re.IGNORECASE)
+_SIDE = re.compile(rf"\bx\s*(<=?|>=?|≤|≥)\s*{_NUMBER}|{_NUMBER}\s*(<=?|>=?|≤|≥)\s*x\b", re.IGNORECASE)
+_AND = re.compile(r"\s*(?:,|&+|∧|,?\s*and|,?\s*but)\s*", re.IGNORECASE)
 
 
 def stated_interval(domain: str) -> tuple[float, float] | None:
-    """The first interval in a text, "(a, b)", "a < x < b", "between a and b" or "x <= a"; None where there is none.
+    """The first interval in a text, "(a, b)", "a < x < b", "between a and b", "x > a and x < b" or "x <= a"; None where there
+    is none.
 
     The whole line is none: a function that behaves alike everywhere.
 
@@ -200,10 +216,28 @@ def stated_interval(domain: str) -> tuple[float, float] | None:
     text = domain.replace("−", "-")
     for pattern in (_PAIR, _BETWEEN):
         if found := pattern.search(text):
-            low, high = (float(one.replace("∞", "inf")) for one in found.groups() if one is not None)
-            return (low, high) if low < high and (math.isfinite(low) or math.isfinite(high)) else None
-    if found := _SIDE.search(text):
-        end = float(found.group(2).replace("∞", "inf"))
-        if math.isfinite(end):
-            return (-math.inf, end) if found.group(1)[0] in "<≤" else (end, math.inf)
-    return None
+            low, high = (_number(one) for one in found.groups() if one is not None)
+            return _interval(low, high)
+    sides = list(_SIDE.finditer(text))
+    if not sides:
+        return None
+    low, high = _side(sides[0])
+    if len(sides) > 1 and _AND.fullmatch(text[sides[0].end() : sides[1].start()]):
+        other = _side(sides[1])
+        low, high = max(low, other[0]), min(high, other[1])
+    return _interval(low, high)
+
+
+def _number(text: str) -> float:
+    return float(text.replace("∞", "inf"))
+
+
+def _interval(low: float, high: float) -> tuple[float, float] | None:
+    return (low, high) if low < high and (math.isfinite(low) or math.isfinite(high)) else None
+
+
+def _side(found: re.Match[str]) -> tuple[float, float]:
+    """The half-line of "x <= a" or of "a >= x"."""
+    after, end, start, before = found.groups()
+    below = after[0] in "<≤" if after else before[0] in ">≥"
+    return (-math.inf, _number(end or start)) if below else (_number(end or start), math.inf)

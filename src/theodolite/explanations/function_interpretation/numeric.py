@@ -263,7 +263,8 @@ def make_numeric(n: int, seed: int, mix: Sequence[float] = MIX) -> list[NumericF
     rng = np.random.default_rng([seed, 6])
     made: list[NumericFunction] = []
     while len(made) < n:
-        one = _draw(rng, cast(Variant, rng.choice(VARIANTS, p=shares / shares.sum())), int(rng.integers(1 << 31)))
+        variant = cast(Variant, str(rng.choice(VARIANTS, p=shares / shares.sum())))
+        one = _draw(rng, variant, int(rng.integers(1 << 31)))
         if np.isfinite(one.corruption.level) and np.isfinite(one.clean(GRID)).sum() >= _LEAST:
             made.append(replace(one, name=f"f{len(made):05d}"))
     return made
@@ -281,7 +282,7 @@ def _draw(rng: np.random.Generator, variant: Variant, seed: int) -> NumericFunct
         else (-math.inf, start) if rng.random() < 0.5 else (start, math.inf)
     )  # fmt: skip
     kinds, odds = zip(*_NOISES, strict=True)
-    noise = cast(Noise, rng.choice(kinds, p=odds))
+    noise = cast(Noise, str(rng.choice(kinds, p=odds)))
     one = NumericFunction(parts, joined, variant, Corruption(low, high, 0.0), noise, domain, seed=seed)  # type: ignore[arg-type]
     level = float(np.mean(one.clean(np.linspace(*domain, 100))))
     return replace(one, corruption=Corruption(low, high, level))

@@ -12,13 +12,20 @@ import pandas as pd
 
 from theodolite.core.errors import InputError
 from theodolite.core.estimate import Estimate, proportion
+from theodolite.explanations.function_interpretation.errors import DomainError, QueryBudgetExceeded
 from theodolite.explanations.function_interpretation.interpreters import (
     ConstantInterpreter,
     OracleInterpreter,
     PolynomialInterpreter,
 )
 from theodolite.explanations.function_interpretation.judges import Judge, UnitTest, UnitTestScore, unit_test
-from theodolite.explanations.function_interpretation.loop import BlackBox, Interpretation, Interpreter, interpret
+from theodolite.explanations.function_interpretation.loop import (
+    AnswerError,
+    BlackBox,
+    Interpretation,
+    Interpreter,
+    interpret,
+)
 from theodolite.explanations.function_interpretation.numeric import NumericFunction
 from theodolite.explanations.function_interpretation.scores import NumericScore, score_numeric, score_strings
 from theodolite.explanations.function_interpretation.strings import StringFunction
@@ -147,13 +154,21 @@ def benchmark(
     return BenchmarkTable(tuple(rows))
 
 
-def _interpreted(fn: Any, runner: Interpreter, budget: int, mode: str, rounds: int) -> Any:
+def _interpreted(fn: Any, runner: Interpreter, budget: int, mode: str, rounds: int) -> Interpretation | None:
     """None where an interpreter of numbers meets a function that is none."""
     if getattr(runner, "numeric_only", False) and _modality(fn) != "numeric":
         return None
     fn = fn.again() if isinstance(fn, NumericFunction) else fn
     runner = OracleInterpreter(fn) if isinstance(runner, OracleInterpreter) else runner
-    return interpret(BlackBox(fn, budget), runner, mode, rounds)
+    box = BlackBox(fn, budget)
+    try:
+        made = interpret(box, runner, mode, rounds)
+    except (DomainError, QueryBudgetExceeded, AnswerError) as error:
+        asked = tuple(given for given, _ in box.log)
+        return Interpretation("", reason=str(error), rounds=1, queries=len(asked), asked=asked)
+    if not isinstance(made, Interpretation):
+        raise InputError(f"{runner.name} must give an Interpretation, got {type(made).__name__}")
+    return made
 
 
 def _modality(fn: Any) -> str:

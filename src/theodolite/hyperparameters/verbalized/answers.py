@@ -20,6 +20,8 @@ class OptimizerFormatError(TheodoliteError):
 _OUTPUT = re.compile(r"(?i)\boutput\b[*_ ]*(?:\([^)\n]*\))?[*_ ]*:")
 _DESCRIPTION = re.compile(r"(?i)\bnew pattern descriptions?\b[*_ ]*:")
 _REASONING = re.compile(r"(?i)\breasoning\b[*_ ]*:")
+_MINUS = re.compile("[\u2012\u2013\u2212\ufe63\uff0d]")  # dashes that are written for a minus
+_SCALED = re.compile(r"\w|\s*(?:%|(?:percent|dozen|hundred|thousand|[mbtr]+illion)s?\b)", re.IGNORECASE)
 _NUMBER = re.compile(r"[+-]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
 
 
@@ -34,13 +36,13 @@ def read_number(text: str) -> float | None:
     line = _answer_line(text)
     if line is None:
         return None
-    line = line.replace("\u2212", "-")
+    line = _MINUS.sub("-", line)
     found = list(_NUMBER.finditer(line))
     if len(found) != 1:
         return None
     start, end = found[0].span()
-    # what touches it makes it something else: x1, 3x, 50 %
-    if re.search(r"\w$", line[:start]) or re.match(r"\s*%|\w", line[end:]):
+    # what touches it makes it something else: x1, 3x, 50 %, 2 million; so does a sign that stands apart: 4 - 3, ± 3
+    if re.search(r"\w$|[-+±]\s*$", line[:start]) or _SCALED.match(line[end:]):
         return None
     value = float(found[0][0].replace(",", ""))
     return value if math.isfinite(value) else None

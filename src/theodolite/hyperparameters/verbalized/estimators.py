@@ -94,7 +94,8 @@ class VerbalizedRegressor(RegressorMixin, VerbalizedModel):
         except (TypeError, ValueError) as error:
             raise DataError("the targets of a regression are numbers") from error
         if targets.shape != (n,) or not np.isfinite(targets).all():
-            raise DataError(f"y must be {n} finite numbers, one a row, got shape {targets.shape}")
+            bad = f", {(~np.isfinite(targets)).sum()} of them missing or infinite" if targets.size else ""
+            raise DataError(f"y must be {n} finite numbers, one a row, got shape {targets.shape}{bad}")
         return targets
 
     def _form(self) -> str:

@@ -140,11 +140,21 @@ def render(X: Any) -> tuple[list[str], tuple[str, ...] | int | None]:
             rows, form = ["[" + ", ".join(map(_cell, row)) + "]" for row in cells], cells.shape[1]
         else:
             raise DataError(
-                f"X must be a table (rows, columns) or a list of texts, got shape {cells.shape}; images cannot be read"
+                f"X must be a table (rows, columns) or a list of texts, got shape {cells.shape}; {_instead(cells)}"
             )
     if not rows:
         raise DataError("X has no rows")
     return rows, form
+
+
+def _instead(cells: np.ndarray) -> str:
+    """What is to be done about an X that is no rows."""
+    if cells.ndim != 1:
+        return "images cannot be read"
+    texts = [isinstance(cell, str) for cell in cells.tolist()]
+    if any(texts):
+        return f"row {texts.index(False)} is no text"
+    return "one column of numbers is given as (rows, 1)"
 
 
 def _check_cells(cells: np.ndarray) -> None:

@@ -7,6 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -308,8 +309,10 @@ class VerbalizedModel(BaseEstimator, ABC):
             given = getattr(self, name)
             if not isinstance(given, LanguageModel) and not (name == "optimizer" and given is None):
                 raise InputError(f"{name} must be a language model (theodolite.language.connect), got {given!r}")
-        if self.batch_size < 1 or self.epochs < 0 or self.max_theta_chars < 1 or self.max_tokens < 1:
-            raise InputError("need batch_size, max_theta_chars and max_tokens of at least 1, and epochs of at least 0")
+        for name, least in (("batch_size", 1), ("epochs", 0), ("max_theta_chars", 1), ("max_tokens", 1)):
+            given = getattr(self, name)
+            if not isinstance(given, Integral) or given < least:
+                raise InputError(f"{name} must be a whole number, at least {least}, got {given!r}")
         if self.history not in (0, 1, 2):
             raise InputError(f"history is how many last steps the optimizer sees: 0, 1 or 2, got {self.history}")
         if self.accept not in ("always", "if-better"):

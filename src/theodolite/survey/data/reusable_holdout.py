@@ -9,15 +9,29 @@ from theodolite.survey.chart import Budget, Needs, chart, seconds
 from theodolite.survey.figures import INKS, band_line, blank, level_line
 from theodolite.survey.finding import Finding
 
-_ROWS = 2000
+_FEWEST, _ROWS = 20, 2000
 _REPEATS = 40
 _TOLERANCE = 0.05
 
 
-@chart("adaptive-data-analysis", needs=Needs(rows=20), cost=seconds(8))
+def _independent(subject: Subject) -> int:
+    """How many of the test rows can stand for themselves: of rows that are neighbours in time, one."""
+    rows = subject.data.test
+    return len(rows) if rows.blocks is None else len(np.unique(rows.blocks))
+
+
+def _refusal(subject: Subject) -> str | None:
+    found = _independent(subject)
+    if found < _FEWEST:
+        return f"needs at least {_FEWEST} blocks of test rows that do not overlap in time; there are {found}"
+    return None
+
+
+@chart("adaptive-data-analysis", needs=Needs(rows=_FEWEST, test=_refusal), cost=seconds(8))
 def adaptive_data_analysis(subject: Subject, budget: Budget) -> Finding:
     """What a careless search could gain from test sets of this size, and what the reusable holdout makes of it."""
-    n = min(_ROWS, len(subject.data.test))
+    n = min(_ROWS, _independent(subject))
+    rows = "test rows" if subject.data.test.blocks is None else "blocks of test rows that do not overlap in time"
     counts = sorted({max(1, round(n * share)) for share in (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)})
     mechanisms = {"the plain test set": "standard", "noise on each answer": "gaussian", "reusable": "thresholdout"}
     runs = {
@@ -52,7 +66,7 @@ def adaptive_data_analysis(subject: Subject, budget: Budget) -> Finding:
     level_line(figure, 0.5, "truth: chance")
     return Finding(
         slug="adaptive-data-analysis",
-        headline=f"A careless search that asks these {n:,} test rows {n:,} questions gains {100 * gain.value:.0f} points of "
+        headline=f"A careless search that asks these {n:,} {rows} {n:,} questions gains {100 * gain.value:.0f} points of "
         f"accuracy out of nothing; the reusable holdout {helps} closer to the truth.",
         numbers={
             "gain out of pure noise, plain test set": gain,
@@ -70,7 +84,7 @@ def adaptive_data_analysis(subject: Subject, budget: Budget) -> Finding:
         "theodolite.data.reusable_holdout.Thresholdout with a ledger file; collect more test rows where the lines stay high.",
         seed=budget.seed,
         caveats=(
-            f"An attack on generated noise with the number of rows of your test set, {_REPEATS} runs; it says what is possible, "
+            f"An attack on generated noise with as many rows as your {rows} are, {_REPEATS} runs; it says what is possible, "
             "not what happened to your model.",
             "Thresholdout has the published experiment's settings (threshold 4/√n, noise 1/√n); below about 1,000 rows that "
             "threshold is so wide that it often passes on the training rows' answer.",
