@@ -26,6 +26,12 @@ def test_methods_lists_all_papers_as_json_and_nothing_else():
     assert {"slug", "title", "space", "needs", "state", "arxiv", "module"} <= set(rows[0])
 
 
+def test_a_warning_is_one_line_without_code():
+    code = "import warnings, theodolite.cli as cli; cli.app = lambda: warnings.warn('few rows'); cli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stderr == "warning: few rows\n"
+
+
 def test_methods_of_one_space():
     rows = json.loads(runner.invoke(app, ["methods", "--space", "networks", "--json"]).stdout)
     assert {row["space"] for row in rows} == {"networks"}

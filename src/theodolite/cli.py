@@ -6,6 +6,7 @@ import itertools
 import json
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -190,7 +191,8 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; an error of this package is one line on stderr and exit code 1."""
+    """Run the command line; an error of this package is one line on stderr and exit code 1, a warning is a line too."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # no paths and no code
     try:
         app()
     except TheodoliteError as error:

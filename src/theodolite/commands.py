@@ -114,14 +114,14 @@ class SubjectFlags:
             if ":" in self.subject:
                 return load_subject_function(self.subject)
             return builtin(self.subject, seed=self.seed)
+        if self.task == "language" or (self.model == "smollm2" and self.task is None):
+            from theodolite.language.subjects import language_subject
+
+            return language_subject(self.model or "smollm2", self.data, column=self.text or "text", seed=self.seed)
         if self.data is None:
             if self.model is not None:
                 raise InputError("--model needs the data it is used on: --data FILE")
             return builtin(next(iter(SUBJECTS)), seed=self.seed)
-        if self.task == "language":
-            from theodolite.language.subjects import language_subject
-
-            return language_subject(self.model or "smollm2", self.data, column=self.text or "text", seed=self.seed)
         return load_subject(
             model=self.model or "auto",
             data=self.data,

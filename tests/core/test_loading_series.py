@@ -86,6 +86,7 @@ def backwards():
         (table(), {"target": "power"}, DataError, "no such column"),
         (table(), {"target": None}, DataError, "--target"),
         (table(60), {}, DataError, "smaller --window"),
+        (table(load=np.ones(400)), {}, DataError, "the target 'load' has the same value at every time"),
         (table(heat=[np.nan] + [0.5] * 399), {}, DataError, "--missing last"),
         (table(heat=[np.nan] + [0.5] * 399), {"missing": "drop"}, DataError, "no time of a series can be left out"),
         (table(), {"task": "classification"}, DataError, "'when' do not"),
@@ -95,6 +96,17 @@ def backwards():
 def test_what_is_no_series_is_told(tmp_path, frame, options, error, text):
     with pytest.raises(error, match=text):
         loaded(tmp_path, frame, **options)
+
+
+def test_times_that_do_not_go_by_one_step_are_told(tmp_path):
+    assert not any("spaced" in note or "row before" in note for note in loaded(tmp_path, table()).data.notes)
+    gap = loaded(tmp_path, table(450).drop(index=range(100, 150))).data.notes
+    assert any("mostly 1 hours apart, up to 2.12 days before row 101;" in note for note in gap)
+    months = pd.date_range("1990-01-31", periods=400, freq="ME").astype(str)
+    assert not any("spaced" in note for note in loaded(tmp_path, table(when=months)).data.notes)
+    twice = np.repeat(pd.date_range("2024-01-01", periods=200, freq="h").astype(str), 2)
+    notes = loaded(tmp_path, table(when=twice)).data.notes
+    assert any("200 rows have the time of the row before in 'when'" in note for note in notes)
 
 
 def test_a_window_without_a_series_or_too_short_is_told():
@@ -161,7 +173,7 @@ def test_a_forecast_follows_the_level_of_the_series(tmp_path):
 
 
 def test_a_survey_of_a_series_from_the_command_line(tmp_path):
-    file = written(tmp_path, table())
+    file = written(tmp_path, table(1400))
     flags = ["--data", str(file), "--target", "load", "--series", "--window", "12", "--epochs", "1"]
     found = CliRunner().invoke(
         app, ["survey", *flags, "--only", "adaptive-data-analysis", "--out", str(tmp_path / "atlas")]

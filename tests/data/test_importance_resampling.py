@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+import re
 import resource
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -260,6 +262,8 @@ def test_seed_temperature_and_length():
     long = fitted([documents(NEWS, 1, 2 * size, i)[0] for i, size in enumerate(sizes)]).select(20)
     assert abs(long.length_correlation) > 0.5
     assert "documents are preferred" in long.note
+    assert long.note.endswith('or use normalize="per_token".')
+    assert "per_token" not in replace(long, normalize="per_token").note
 
 
 def test_no_documents_are_a_selection_too():
@@ -527,6 +531,56 @@ def test_written_is_what_was_selected(files, tmp_path):
         made.write(chosen, tmp_path / "file" / "parts")
 
 
+def test_what_is_read_is_never_written_over(files, tmp_path):
+    source = tmp_path / "a.jsonl"
+    source.write_bytes((files / "a.jsonl").read_bytes())
+    made = fitted(Corpus.from_files(source))
+    chosen, before = made.select(3), source.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(source)
+    for out in (source, f"{tmp_path}/x/../a.jsonl", tmp_path / "link.jsonl"):
+        with pytest.raises(InputError, match="one of the files that are read"):
+            made.write(chosen, out)
+    shard = tmp_path / "pile" / "part-00000-of-00001.jsonl"
+    shard.parent.mkdir()
+    shard.write_bytes(before)
+    of_shard = fitted(Corpus.from_files(shard))
+    with pytest.raises(InputError, match="one of the files that are read"):
+        of_shard.write(of_shard.select(3), shard.parent)
+    assert source.read_bytes() == shard.read_bytes() == before
+
+
+def test_a_folder_of_parts_keeps_what_is_not_of_this_run(files, tmp_path):
+    made = fitted(Corpus.from_files(files / "a.jsonl"))
+    folder = tmp_path / "one.jsonl.parts"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / ".part-00000-of-00009.jsonl.unfinished").write_text("of a run that was killed")
+    made.write(made.select(3), tmp_path / "one.jsonl")
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    assert len(read_lines(tmp_path / "one.jsonl")) == 3
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "words"),
+    [
+        ("out.jsonl.gz", InputError, "not compressed"),
+        ("out.parquet", InputError, r"write \.jsonl"),
+        ("here.jsonl", DataError, "is a folder, and its name that of a file"),
+        ("file/out.jsonl", DataError, "file is a file"),
+        ("target.jsonl", InputError, "would be written over"),
+    ],
+)
+def test_where_nothing_can_be_written_is_told_before_the_work(files, tmp_path, monkeypatch, out, error, words):
+    (tmp_path / "here.jsonl").mkdir()
+    (tmp_path / "file").write_text("")
+    target = tmp_path / "target.jsonl"
+    target.write_bytes((files / "target.jsonl").read_bytes())
+    monkeypatch.setattr(ImportanceResampler, "fit", lambda *_: pytest.fail("began to work"))
+    told = run_command("--raw", files / "a.jsonl", "--target", target, "-k", 3, "--out", tmp_path / out)
+    assert isinstance(told.exception, error)
+    assert re.search(words, str(told.exception))
+
+
 def test_unreadable_documents_keep_their_number_and_are_not_selected(tmp_path):
     path = tmp_path / "raw.jsonl"
     lines = [json.dumps({"text": text, "id": i}) for i, text in enumerate(RAW)]
@@ -747,6 +801,15 @@ def test_the_chart_of_a_language_model(tmp_path):
     assert len(finding.figure.data) == 4
     assert "theodolite run dsir" in finding.caveats[0]
     assert json.dumps(finding.to_json())
+
+
+def test_advice_follows_the_interval():
+    from theodolite.core.estimate import Estimate
+    from theodolite.survey.data.text_selection import _advice
+
+    ends = ((0.1, 0.3, "Select from your raw corpus"), (-0.1, 0.3, "not surely matter"), (-0.3, -0.1, "Do not select"))
+    for low, high, words in ends:
+        assert words in _advice(Estimate((low + high) / 2, low, high, "nats"))
 
 
 def test_names_are_all_there():

@@ -481,7 +481,7 @@ def broken(**changes):
     ("options", "changes", "error", "text"),
     [
         ({"n_classes": 5}, {}, NotIdentifiableError, "k = 5 .* r = 4"),
-        ({}, {"domains": np.zeros(80, dtype=int)}, NotIdentifiableError, "one domain"),
+        ({}, {"domains": np.zeros(80, dtype=int)}, NotIdentifiableError, "one domain, 0;"),
         ({}, {"domains": np.repeat([0, 1, 2, 3], [5, 25, 25, 25])}, DataError, "domain 0 has 5 rows"),
         ({"n_clusters": 2}, {}, InputError, "n_clusters"),
         ({"n_clusters": 81}, {}, InputError, "n_clusters"),
@@ -504,6 +504,13 @@ def broken(**changes):
 def test_what_cannot_be_fitted_is_refused_with_a_reason(options, changes, error, text):
     with pytest.raises(error, match=text):
         LatentLabelShift(**{"n_classes": 3, **options}).fit(*broken(**changes))
+
+
+@pytest.mark.parametrize("options", [{"factorizer": "svd"}, {"solver": "exact"}, {"n_init": 0}])
+def test_options_are_refused_before_anything_is_trained(options, monkeypatch):
+    monkeypatch.setattr(GaussianNB, "fit", lambda *_: pytest.fail("trained before the options were checked"))
+    with pytest.raises(InputError, match=next(iter(options))):
+        LatentLabelShift(3, GaussianNB(), **options).fit(*broken())
 
 
 @pytest.mark.parametrize(("name", "value"), [("n_classes", 2.5), ("n_clusters", "9"), ("cv", None)])
@@ -553,6 +560,22 @@ def test_the_chart_finds_classes_by_a_column_of_sites(table):
     # shares, three classes with their corners, singular values
     assert [type(trace).__name__ for trace in finding.figure.data] == ["Heatmap", *["Scatter"] * 7]
     json.dumps(finding.to_json(), allow_nan=False)
+
+
+def test_as_many_classes_as_domains_explain_anything_and_this_is_told(table, tmp_path):
+    frame = pd.read_csv(table)
+    frame[frame.site != "s3"].to_csv(tmp_path / "three.csv", index=False)
+    finding = measure("latent-label-shift", of(tmp_path / "three.csv"))
+    assert "label shift cannot be tested with as many classes as values" in finding.headline
+    assert "p-value of label shift" not in finding.numbers
+    assert "more values of the domain than there are classes" in finding.advice
+    for classes, words in (
+        (3, "none: as many classes as domains explain any difference"),
+        (2, "p value of label shift: 0."),
+    ):
+        code, out = run(tmp_path / "three.csv", "--domain", "site", "--classes", classes, "--target", "label")
+        assert code == 0, out
+        assert words in " ".join(out.split())
 
 
 @pytest.fixture

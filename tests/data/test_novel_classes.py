@@ -37,6 +37,7 @@ from theodolite.data.novel_classes import (
 )
 from theodolite.data.novel_classes.counts import silhouette
 from theodolite.data.novel_classes.kmeans import draw_centroids
+from theodolite.data.novel_classes.labels import labelled
 from theodolite.data.novel_classes.network import ProjectionNetwork, projection_loss, train_projection
 from theodolite.data.novel_classes.spectral import dense_affinity, spanning_tree, sparse_affinity, spectral_embedding
 from theodolite.data.novel_classes.tabular_ncd import pair_loss, similar_pairs
@@ -70,6 +71,14 @@ def test_without_known_rows_it_is_k_means(seed):
     assert ours.inertia_ == pytest.approx(peer.inertia_, abs=1e-8)
     assert np.allclose(ours.centroids_, peer.cluster_centers_)
     assert (ours.labels_ == peer.labels_).all()
+
+
+@pytest.mark.parametrize("offset", [1e6, 1.7e9, 1e12])
+def test_columns_far_from_zero_keep_their_clusters(offset):
+    x, c = blobs(5, 40, 4)
+    made = NCDKMeans(3).fit(x + offset, hide(c, [2, 3, 4]))
+    assert clustering_accuracy(c[80:], made.labels_) == 1
+    assert (made.predict(x[80:] + offset) == made.labels_).all()
 
 
 def test_rows_on_a_known_centroid_are_never_drawn():
@@ -543,6 +552,14 @@ def test_a_cluster_is_described_by_the_columns_that_set_it_apart():
     assert describe_clusters(x, np.zeros(400, int))[0].rule == "all rows"
 
 
+def test_a_rule_names_categories():
+    x = np.repeat([[0.0, 1.0], [1.0, 0.0]], 20, axis=0)
+    rules = [one.rule for one in describe_clusters(x[:, :1], np.repeat([0, 1], 20), ["colour=red"])]
+    assert rules == ["not colour=red", "colour=red"]
+    rules = [one.rule for one in describe_clusters(x[:, 1:], np.repeat([0, 1], 20), ["switched on"])]
+    assert rules == ["switched on > 0.5", "switched on <= 0.5"]
+
+
 def test_a_rule_that_separates_nothing_is_told_by_its_quality():
     rng = np.random.default_rng(0)
     x, labels = rng.normal(size=(600, 2)), rng.integers(2, size=600)
@@ -552,6 +569,34 @@ def test_a_rule_that_separates_nothing_is_told_by_its_quality():
         describe_clusters(x, labels, ["only one"])
     with pytest.raises(DataError, match="one cluster label"):
         describe_clusters(x, labels[:5])
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ([-1.0, 2.0, 4.0], [2, 4]), ([-1, np.int64(2), np.float32(4)], [2, 4]), (["-1", "b", "a"], ["a", "b"]),
+        ([-1.0, "b", 2.0], ["2", "b"]), ([np.int8(-1), True, "b"], ["True", "b"]),
+    ],
+)  # fmt: skip
+def test_labels_of_mixed_types_mark_unlabelled_rows_too(labels, classes):
+    given_ = np.array([labels[i] for i in (0, 0, 1, 1, 2, 2)], dtype=object)
+    data = labelled(np.arange(6.0)[:, None], given_)
+    assert data.classes.tolist() == classes
+    assert data.known.tolist() == [False, False, True, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batch_size", "taken"), [(None, 512, 1600), (None, 16, 400), (None, 4, 200), (7, 512, 7)]
+)
+def test_small_tables_are_trained_for_as_many_steps_as_large_ones(epochs, batch_size, taken, monkeypatch):
+    def stopped(*_, epochs, batch_size, **__):
+        raise StopIteration(epochs, batch_size)
+
+    monkeypatch.setattr("theodolite.data.novel_classes.pbn.train_projection", stopped)
+    x, c = blobs(4, 16, 3)
+    with pytest.raises(StopIteration) as asked:
+        PBN(n_novel=2, epochs=epochs, batch_size=batch_size).fit(x, hide(c, [2, 3]))
+    assert asked.value.args == (taken, batch_size)
 
 
 # ---- what cannot be used is told
@@ -575,6 +620,8 @@ ALL = [PBN(n_novel=2, epochs=1), NCDKMeans(2), NCDSpectralClustering(2)]
         (X, np.where(Y_HIDDEN == -1, np.nan, Y_HIDDEN), "16 labels are missing"),
         (X, np.array([None if one == -1 else "a" for one in Y_HIDDEN], dtype=object), "16 labels are missing"),
         (X, Y_HIDDEN + 0.5, "fractions"),
+        (X, np.where(Y_HIDDEN == 0, np.inf, Y_HIDDEN), "fractions or infinite"),
+        (X * np.array([1, 1e160, 1, 1, 1]), Y_HIDDEN, "values above 1e.150 in column 1"),
     ],
 )
 def test_data_that_cannot_be_used_are_told(made, rows, labels, words):
@@ -669,6 +716,8 @@ def test_the_chart_hides_classes_and_tells_what_comes_of_it(tmp_path):
     assert ours.n == finding.numbers["test rows in the right group, k-means on the input columns"].n == 36
     assert ours.low > finding.comparison.controls[1].estimate.high  # all in one group
     assert "some of its classes were hidden" in finding.caveats[0]
+    lost = finding.comparison.controls[0].estimate.low > ours.high
+    assert ("fewer than k-means'" in finding.headline) == finding.advice.startswith("Here k-means") == lost
     assert "sensor" in finding.advice
     json.dumps(finding.to_json(), allow_nan=False)
     again = measure("novel-class-discovery", subject)
@@ -757,7 +806,7 @@ def test_the_command_tells_what_is_wrong(table, tmp_path):
     frame.to_csv(tmp_path / "gaps.csv", index=False)
     for arguments, error, words in (
         ((tmp_path / "none.csv",), DataError, "no file"),
-        ((path, "--label", "species"), DataError, "no such column"),
+        ((path, "--label", "species"), InputError, "--label species: .*machines.csv has no such column"),
         ((path, "--label", "kind", "--domain", "site"), InputError, "no such column"),
         ((tmp_path / "gaps.csv", "--label", "kind"), DataError, "values are missing in 1 rows .sensor1."),
         (

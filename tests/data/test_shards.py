@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from theodolite.core.errors import DataError, InputError, require
-from theodolite.data.shards import Corpus, FileShard, MemoryShard, join_parts, write_part
+from theodolite.data.importance_resampling.output import join_parts, write_part
+from theodolite.data.shards import Corpus, FileShard, MemoryShard
 
 PACK = {
     ".gz": gzip.compress,

@@ -390,6 +390,34 @@ def test_a_climb_on_roots_finds_the_mix_and_can_bring_a_source_back():
     assert np.allclose(path.sum(axis=1), 1)
 
 
+@pytest.mark.parametrize("seed", [4, 5, 6])
+def test_no_plain_mix_that_may_be_bought_is_predicted_to_do_better(seed):
+    shares = {"a": (0.8, 0.1, 0.1), "b": (0.1, 0.8, 0.1), "c": (0.1, 0.1, 0.8)}
+    sources = [
+        Source(name, *three_classes(60, share, 10 * seed + i, noise=0.5 * (name == "c")), cost=1 + i)
+        for i, (name, share) in enumerate(shares.items())
+    ]
+    scaling = TransportScaling(
+        LogisticRegression(), sizes=(20, 40), grid_step=0.25, n_repeats=2, form="ot", seed=seed
+    ).fit(sources, *three_classes(120, (1 / 3, 1 / 3, 1 / 3), 100 + seed))
+    for budget in (None, 850):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = scaling.select(400, budget)
+        costs = {name: 400 * plain.p @ [1, 2, 3] for name, plain in found.baselines.items()}
+        bought = [name for name, cost in costs.items() if budget is None or cost <= budget]
+        assert len(bought) > 2
+        assert found.predicted_score >= max(found.baselines[name].predicted_score for name in bought)
+        assert budget is None or 400 * found.p @ [1, 2, 3] <= budget + 1e-6
+        assert found.path.shape[1] == 3
+
+
+def test_a_size_below_the_pilot_is_told_once(fitted):
+    with pytest.warns(UserWarning, match="interpolation") as told:
+        fitted.select(50)
+    assert len(told) == 1
+
+
 def test_shapley_of_additive_values_are_the_values():
     worth = np.array([0.2, 0.5, 0.1])
     groups = [(), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]
@@ -512,6 +540,7 @@ def _fit(sources=None, validation=None, estimator=None, **options):
 
 
 A = Source("a", *blobs(30, 0.2, 0))
+ONE, TWO = (Source(name, *blobs(30, share, 0)) for name, share in (("one", 0.0), ("two", 1.0)))
 
 
 @pytest.mark.parametrize(
@@ -538,7 +567,8 @@ A = Source("a", *blobs(30, 0.2, 0))
         ({"estimator": lambda *_: 0.5}, "nothing to predict"),
         ({"estimator": lambda *_: float("nan")}, "must be finite"),
         ({"estimator": lambda X, y, *_: 2 + y.mean()}, "response='score'"),
-        ({"scoring": "neg_log_loss"}, "not an accuracy"),
+        ({"scoring": "neg_log_loss", "estimator": LinearRegression()}, "not an accuracy"),  # not trained
+        ({"scoring": "neg_log_loss", "response": "score", "sources": [ONE, TWO]}, "scoring with 'neg_log_loss' failed"),
     ],
 )
 def test_what_cannot_be_scaled_is_refused(options, match):
@@ -632,7 +662,7 @@ def test_the_chart_measures_mixes_it_was_not_fitted_on():
     assert all(np.bincount(source.y, minlength=3).max() > 0.6 * len(source.y) for source in sources)
 
 
-def _tables(folder, columns):
+def _tables(folder, columns, **options):
     """A table of 480 rows whose label follows two numbers, with more columns, as a subject."""
     import pandas as pd
 
@@ -641,7 +671,7 @@ def _tables(folder, columns):
     (X, y) = blobs(480, 0.5, 0)
     frame = pd.DataFrame({"x1": X[:, 0], "x2": X[:, 1], **columns(y), "label": [f"k{label}" for label in y]})
     frame.to_csv(folder / "data.csv", index=False)
-    return load_subject(data=str(folder / "data.csv"), options=DataOptions(target="label"), epochs=3)
+    return load_subject(data=str(folder / "data.csv"), options=DataOptions(target="label", **options), epochs=3)
 
 
 def test_the_chart_takes_the_column_that_is_named_a_source_and_its_level_names(tmp_path):
@@ -663,7 +693,22 @@ def test_the_chart_takes_the_column_that_is_named_a_source_and_its_level_names(t
     assert sorted(kept) == ["east", "north", "south", "west"]
     sources, words = _sources(subject, 0)
     assert sum(len(source.X) for source in sources) == sum(rows.sum() for rows in kept.values())
-    assert words == "the values of 'clinic_site' but for rare, which few rows have"
+    assert words.startswith("The sources are the values of 'clinic_site' but for rare, which have fewer rows; ")
+
+
+def test_the_chart_takes_the_column_of_domains_before_all_others(tmp_path):
+    from theodolite.survey.data.transport_scaling import _sources
+
+    rng = np.random.default_rng(0)
+    shop = rng.choice([f"shop {i}" for i in range(9)], 480, p=[0.2, 0.2, *[0.6 / 7] * 7])
+    subject = _tables(tmp_path, lambda y: {"source": rng.choice(["a", "b"], 480), "shop": shop}, domain="shop")
+    sources, words = _sources(subject, 0)
+    assert subject.data.domains is not None
+    assert subject.data.train.domain is not None
+    counts = np.bincount(subject.data.train.domain.numpy(), minlength=9)
+    largest = [level for level, n in zip(subject.data.domains.levels, counts) if n >= max(30, np.sort(counts)[3])]
+    assert [source.name for source in sources] == largest
+    assert words.startswith("The sources are the values of 'shop' but for shop ")
 
 
 def test_the_chart_of_three_sources_shows_a_triangle_and_the_projection(tmp_path):
@@ -682,4 +727,6 @@ def test_the_chart_of_three_sources_shows_a_triangle_and_the_projection(tmp_path
     names = [trace["name"] for trace in told["figure"]["data"]]
     assert {"chosen mix, projected", "even mix, projected"} <= set(names)
     assert "from a/b/c: predicted" in found.headline
+    predictions = [number for name, number in found.numbers.items() if name.startswith("predicted accuracy")]
+    assert [number.low < number.high for number in predictions] == [True, True]
     assert found.comparison.controls[0].name.startswith("the mix alone")

@@ -13,6 +13,7 @@ from theodolite.core.errors import DataError, InputError
 from theodolite.core.sources import find_data
 from theodolite.core.subject import Dataset, Rows, Subject
 from theodolite.explanations import function_interpretation as fi
+from theodolite.explanations.function_interpretation import numeric as numeric_module
 from theodolite.explanations.function_interpretation.families import COMPOSABLE, FAMILIES, SIMPLE, draw_parameters
 from theodolite.explanations.function_interpretation.judges import parse_choice
 from theodolite.explanations.function_interpretation.loop import stated_interval
@@ -105,7 +106,35 @@ def test_network_is_close_to_the_formula_and_is_its_own_truth():
     assert not np.array_equal(fn(x), fn.clean(x))
 
 
-def test_generator_keeps_the_mix_the_ranges_and_the_seed():
+def test_networks_are_trained_as_the_plain_gradient_says_together_or_alone(monkeypatch):
+    """Values and gradients from all points x units, by torch, with torch's Adam."""
+    monkeypatch.setattr(numeric_module, "_EPOCHS", 30)
+    functions = [dataclasses.replace(fn, seed=fn.seed + 1) for fn in fi.make_numeric(6, 4, mix=(0, 0, 0, 1))]
+    functions.append(dataclasses.replace(numeric("reciprocal", 2, variant="mlp"), domain=(0.0, 100.0)))  # infinite at 0
+    together = numeric_module._trained(functions)
+    for fn, made in zip(functions, together, strict=True):
+        assert np.array_equal(numeric_module._trained([fn])[0](GRID), made(GRID))
+        x = np.linspace(*fn.domain, 256)
+        y = fn.clean(x)
+        x, y = (torch.tensor(one[np.isfinite(y)]) for one in (x, y))
+        z = (x - x.mean()) / (x - x.mean()).abs().max()
+        t = (y - y.mean()) / (y.std(correction=0) or 1)
+        theta = torch.tensor(numeric_module._start(fn.seed), requires_grad=True)
+        adam, best, least = torch.optim.Adam([theta], lr=0.01), theta, math.inf
+        for _ in range(30):
+            w, b, v, c = theta.split((64, 64, 64, 1))
+            values = torch.relu(z[:, None] * w + b) @ v + c
+            loss = ((values - t) ** 2).mean()
+            if float(loss.detach()) < least:
+                best, least = values.detach() * (y.std(correction=0) or 1) + y.mean(), float(loss.detach())
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        assert np.allclose(made(x.numpy()), best.numpy(), rtol=1e-6, atol=1e-6 * float(y.abs().max())), fn.kind
+
+
+def test_generator_keeps_the_mix_the_ranges_and_the_seed(monkeypatch):
+    monkeypatch.setattr(numeric_module, "_EPOCHS", 1)  # what is drawn does not depend on how networks are trained
     made = fi.make_numeric(250, 3)
     assert [fn.params for fn in made] == [fn.params for fn in fi.make_numeric(250, 3)]
     assert [fn.params for fn in made] != [fn.params for fn in fi.make_numeric(250, 4)]
@@ -249,6 +278,10 @@ def test_intervals():
         "(5, inf)": (5, math.inf),
         "(4, 2)": None,
         "(-∞, ∞)": None,
+        "x > 20 and x < 41.5": (20, 41.5),
+        "3 >= x": (-math.inf, 3),
+        "from -.5 to 3": (-0.5, 3),
+        "x < 1 and x > 2": None,
     }.items():
         assert stated_interval(text) == interval, text
 
@@ -348,10 +381,21 @@ def test_black_box_counts_and_keeps():
     text = fi.BlackBox(fi.make_strings(1, 0)[0])
     with pytest.raises(fi.DomainError, match="text"):
         text.query([3])
-    with pytest.raises(InputError, match="budget"):
-        fi.BlackBox(lambda x: x, budget=0)
+    for options in ({"budget": 0}, {"bounds": (1, 0)}, {"bounds": (0, math.inf)}, {"bounds": (math.nan, 1)}):
+        with pytest.raises(InputError, match="budget"):
+            fi.BlackBox(lambda x: x, **options)
     with pytest.raises(InputError, match="numeric, string, neuron"):
         fi.BlackBox(lambda x: x, modality="image")
+
+
+@pytest.mark.parametrize(
+    "fn", [lambda x: 3.0, lambda x: x[:-1], lambda x: x[:, None], lambda x: x * 1j, lambda x: x.astype(str)]
+)
+def test_a_function_that_gives_no_number_for_each_input_is_named(fn):
+    box = fi.BlackBox(fn)
+    with pytest.raises(InputError, match="one number an input, shape"):
+        box.query([1, 2])
+    assert box.log == []
 
 
 def test_no_attribute_of_a_box_leads_to_the_function():
@@ -384,6 +428,11 @@ def test_answers_are_parsed_strictly():
     ):
         with pytest.raises(fi.AnswerError, match=why):
             fi.parse_answer(wrong)
+    for how in ("**[{}]**", "[{}]:", "### [{}]\n", "__[{}]__:", "**[{}]:**"):
+        text = f"Sure.\n{how.format('DESCRIPTION')} x**2, twice\n{how.format('DOMAIN')} none\n{how.format('CODE')}\n"
+        for code in ("{}", "```python\n{}\n```\nI hope this helps.", "Here it is:\n~~~\r\n{}\r\n~~~"):
+            told = fi.parse_answer(text + code.format("def f(x): return 2 * x**2"))
+            assert tuple(told.values()) == ("x**2, twice", "none", "def f(x): return 2 * x**2"), (how, code)
     assert set(fi.parse_answer("[DESCRIPTION] a [CODE] b", "string")) == {"DESCRIPTION", "CODE"}
     assert set(fi.parse_answer("[DESCRIPTION] a [DOMAIN] b", "neuron")) == {"DESCRIPTION", "DOMAIN"}
 
@@ -398,6 +447,13 @@ def test_three_rounds_over_http(scripted):
     assert "must lie in [-128, 128]" in messages[4]["content"]
     assert fi.score_numeric(numeric("linear", 2, 1), told).success
     assert told.completion_tokens == 9
+
+
+def test_every_output_that_was_paid_for_is_shown(scripted):
+    model, seen = scripted(f"QUERY: {list(range(100))}", ANSWER)
+    told = fi.interpret(fi.BlackBox(numeric("linear", 2, 1)), fi.LanguageModelInterpreter(model))
+    assert told.queries == 100
+    assert "99.0 -> 199.0" in seen[-1]["messages"][2]["content"]
 
 
 def test_what_a_model_does_wrong_is_told_and_ends_in_a_reason(scripted):
@@ -488,6 +544,7 @@ def test_unit_test_counts():
     score = fi.unit_test("animals", TESTS, Fixed(1, None))
     assert (score.accuracy, score.unparsed, score.n) == (0.5, 1, 2)
     assert np.allclose(score.ci95, (0.01257912, 0.98742088))
+    assert fi.unit_test("animals", TESTS, Fixed(4, 0)).unparsed == 2  # no index of a candidate
     assert fi.unit_test("animals", [(["a", "b", "c"], 3)], Fixed(3)).accuracy == 1
     for wrong in ([], [(["a", "b"], 1)], [(["a", "b", "c"], 4)]):
         with pytest.raises(InputError, match=r"at least one|three candidates"):
@@ -563,8 +620,8 @@ def test_neurons_with_a_given_embedding():
     assert fi.BlackBox(single).query(["cat"])[0][1] > 0.99
     with pytest.raises(InputError, match="language model"):
         fi.make_neurons([fi.Relation("a country", "its capital")])
-    for wrong in ([("a", "b", "c")], [""], [3]):
-        with pytest.raises((InputError, TypeError)):
+    for wrong in ([("a", "b", "c")], [""], [3], [None], "animals"):
+        with pytest.raises(InputError, match="concept"):
             fi.make_neurons(wrong, backend)
     with pytest.raises(InputError, match="relatedness"):
         fi.make_neurons(["a"], "magic")
@@ -590,6 +647,8 @@ def test_baselines_are_least_squares():
     told = fi.interpret(fi.BlackBox(fn), fi.PolynomialInterpreter(3))
     assert fi.score_numeric(fn, told).nmse < 1e-20
     assert told.queries == 256
+    told = fi.interpret(fi.BlackBox(fn, budget=20), fi.PolynomialInterpreter(3))
+    assert (told.queries, told.asked[0], told.asked[-1]) == (20, -128.0, 128.0)  # over the whole range all the same
     told = fi.interpret(fi.BlackBox(numeric("linear", 1, 4)), fi.ConstantInterpreter())
     assert np.allclose(run_code(told.code, [7.0])[0], [4.0])
     nothing = fi.interpret(fi.BlackBox(lambda x: x * np.nan), fi.PolynomialInterpreter(3))
@@ -787,6 +846,30 @@ def test_chart_of_words_tells_units_that_follow_what_the_judge_knows(monkeypatch
     assert "Do not name" in found.advice
 
 
+def test_an_encoders_dimensions_are_described_and_a_judge_that_is_it_does_not_see_them(monkeypatch, tmp_path):
+    def unrelated(words, encoder=None):
+        return np.stack([np.random.default_rng(list(word.encode())).normal(size=24) for word in words])
+
+    monkeypatch.setattr(probe_words, "sentence_embeddings", unrelated)
+    monkeypatch.setattr(probe_words, "load_encoder", lambda name: name)
+    monkeypatch.setattr(probe_words, "model_folder", lambda name: name)
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), (300, 6))
+    (tmp_path / "texts.txt").write_text(" ".join("".join(row) for row in letters))
+    told = {}
+    for name in ("another", "minilm"):  # the judge is minilm
+        made = command("--encoder", name, "--data", tmp_path / "texts.txt", "--json")
+        assert made.exit_code == 0, made.output
+        found = json.loads(made.stdout)
+        assert "dimensions of sentence embeddings" in found["headline"]
+        assert any("kept from seeing" in one for one in found["caveats"]) == (name == "minilm")
+        told[name] = next(one["value"] for one in found["numbers"] if "regression" in one["name"])
+    assert told["another"] > 0.99  # it sees the units themselves
+    assert told["minilm"] < 0.5  # other dimensions say nothing of them
+    with pytest.raises(DataError, match="3 different words"):
+        probe_words.described_encoder("minilm", ["three short words"], Budget())
+    assert "--subject" in str(command("--encoder", "minilm", "--subject", "digits").exception)
+
+
 def test_chart_of_words_says_what_is_missing(monkeypatch):
     subject = words_subject(lambda word: 1.0)
     few = dataclasses.replace(subject.data, features=tuple(f"{i}" for i in range(120)))
@@ -832,6 +915,21 @@ def test_a_function_of_ones_own_is_in_the_table():
     frame = fi.benchmark([lambda x: 1e200 * x, lambda x: 1e-200 * x], [fi.SymbolicInterpreter()]).frame()
     assert (frame[frame["interpreter"] == "symbolic"]["r2_nmse"] < 1e-6).all()
     assert set(frame["interpreter"]) == {"symbolic", "polynomial of degree 3", "constant"}
+
+
+def test_an_interpreter_that_asks_too_much_is_a_row_with_a_reason():
+    class Greedy:
+        name = "greedy"
+
+        def interpret(self, blackbox, *, mode, rounds):
+            blackbox.query([1, 2])
+            return blackbox.query([3]) and fi.Interpretation("never said")
+
+    frame = fi.benchmark([lambda x: x], [Greedy(), fi.OracleInterpreter()], budget=2).frame().set_index("interpreter")
+    assert "1 inputs were asked for and 0 of 2" in frame.loc["greedy", "reason"]
+    assert frame.loc["greedy", "queries"] == 2
+    assert not frame.loc["greedy", "success"]
+    assert frame.loc["oracle", "reason"] == "no known formula"
 
 
 def test_interpreters_of_numbers_are_given_no_texts_and_others_are():

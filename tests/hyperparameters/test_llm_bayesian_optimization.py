@@ -16,7 +16,7 @@ from sklearn.base import clone
 from sklearn.datasets import load_diabetes, load_wine
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVR
+from sklearn.svm import SVC, SVR
 from sklearn.tree import DecisionTreeClassifier
 
 from language_server import protocol_server
@@ -787,6 +787,61 @@ def test_it_is_a_sampler_of_optunas():
     wrong = optuna.create_study(direction="maximize", sampler=search.as_optuna_sampler())
     with pytest.raises(InputError, match="direction"):
         wrong.optimize(objective, n_trials=1)
+
+
+def test_an_objective_of_other_parameters_is_told_to_optuna():
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    sampler = LLAMBO(SPACE, ERROR, replies("?"), warm_start="sobol").as_optuna_sampler()
+    study = optuna.create_study(sampler=sampler)
+    with pytest.raises(
+        InputError, match="does not suggest rule, tol, width"
+    ):  # and not the first point again and again
+        study.optimize(lambda trial: trial.suggest_int("max_depth", 1, 15), n_trials=2)
+    both = optuna.create_study(directions=["minimize", "maximize"], sampler=sampler)
+    with pytest.raises(InputError, match="one objective"):
+        both.optimize(lambda trial: (trial.suggest_int("max_depth", 1, 15), 0.0), n_trials=1)
+
+
+def test_what_cannot_be_searched_is_told_with_its_reason():
+    x, y = load_wine(return_X_y=True)
+    x[0, 0] = np.nan
+    space = SearchSpace({"C": Float(0.1, 10.0)})
+    options = {"warm_start": "random", "n_initial": 2}
+    with pytest.raises(DataError, match=r"every evaluation failed.*NaN"):
+        LLAMBOSearchCV(SVC(), space, llm=replies("?"), n_trials=0, options=options).fit(x, y)
+    with pytest.raises(InputError, match="name of a metric"):
+        LLAMBOSearchCV(SVC(), space, llm=replies("?")).set_params(scoring=len).fit(x, y)
+    with pytest.raises(InputError, match="SearchSpace, got dict"):
+        LLAMBOSearchCV(SVC(), space, llm=replies("?")).set_params(space={"C": Float(0.1, 10.0)}).fit(x, y)
+    with pytest.raises(InputError, match="got None"):
+        LLAMBO(space, CONTEXT, replies("?"), **options).optimize(lambda config: None, 1)
+
+
+def test_scores_that_are_close_are_told_apart():
+    scores = [3e-9, 4e-9, 9e-9]
+    observed = [Trial({"x": x}, score) for x, score in zip((0.2, 0.5, 0.8), scores, strict=True)]
+    told = CandidateSampler(LINE, ERROR, replies("?")).prompts(observed, 2e-9)[0]
+    assert [f"Score: {score:.12f}" in told for score in (*scores, 2e-9)] == [True] * 4
+    usual = CandidateSampler(LINE, CONTEXT, replies("?")).prompts(trials(3, LINE), 0.97)[0]
+    assert usual.endswith("Score: 0.970000\nConfiguration: ##")
+    seen = []
+    llm = ScriptedLanguageModel(lambda prompt: seen.append(prompt) or "0.000000004 ##")
+    surrogate = DiscriminativeSurrogate(LINE, ERROR, llm).fit(*split(observed))
+    assert surrogate.predict([{"x": 0.4}])[0] == pytest.approx(4e-9)
+    assert all(f"## {score:.12f} ##" in prompt for prompt in seen for score in scores)
+
+
+def test_equal_prompts_are_asked_once_for_as_many_answers():
+    asked = []
+    llm = ScriptedLanguageModel(lambda prompt: asked.append(prompt) or f"x: {len(asked) / 100:.2f} ##")
+    found = CandidateSampler(LINE, CONTEXT, llm, n_candidates=6, n_templates=3).propose([({"x": 0.5}, 0.7)], 0.8)
+    assert len(asked) == len(found) == 6  # one trial has one order
+    assert llm.usage.calls == 1
+    DiscriminativeSurrogate(LINE, CONTEXT, llm, n_templates=3, n_samples=9).fit([{"x": 0.5}], [0.7]).predict(
+        [{"x": 0.1}]
+    )
+    assert llm.usage.calls == 2
 
 
 def test_scripted_models_are_test_doubles():

@@ -22,6 +22,7 @@ NUMBERS = {
     "### Output:\n\n7.10\n": 7.1,
     "Output (two decimals): 1,234,567.5": 1234567.5,
     "Output: \u22127.1.": -7.1,
+    "Output: \u20137.1": -7.1,
     "Output: y = 7.1": 7.1,
     "Output: $7.10": 7.1,
     "Explanations: 3 times 2 is 6.\n\nOutput:\n[\n 10.00\n]": 10.0,
@@ -32,6 +33,7 @@ REFUSED = [
     "", "7.1", "Explanations: slope 3, so 7.1", "Output:", "Output: unknown", "Output: 5 or 7", "Output: 2-3", "Output: 1/3",
     "Output: 3x + 4", "Output: x1", "Output: 7.1%", "Output: 50 %", "Output: 1,5", "Output: 1,23,456", "Output: 1.2.3",
     "Output: nan", "Output: inf", "Output: 1e999", "Output: 7.1 ± 0.2", "Output: 3.5 + 2 = 5.5", "Throughput: 7.1",
+    "Output: - 3", "Output: 4 - 3", "Output: \u00b1 3", "Output: 7.1 million", "Output: 7 percent", "Output: 2 hundred",
 ]  # fmt: skip
 
 
@@ -112,7 +114,8 @@ def test_rows_are_written_with_names_and_four_digits():
     ("X", "told"),
     [
         (np.zeros((2, 8, 8)), "images"), (np.array([[1.0, np.nan]]), "1 missing or infinite"), ([[1.0, np.inf]], "infinite"),
-        (pd.DataFrame({"a": ["x", None]}), "row 1, column 0"), ("a text", "one text"), ([], "shape"),
+        (pd.DataFrame({"a": ["x", None]}), "row 1, column 0"), ("a text", "one text"), ([], "no rows"),
+        ([1.0, 2.0], "(rows, 1)"), (["a", None], "row 1 is no text"),
         (np.zeros((0, 3)), "no rows"),
         ([1.0, 2.0], "table"), (["a", None], "table"), (pd.DataFrame({"a": [1.0, np.inf]}), "infinite"),
     ],

@@ -459,6 +459,19 @@ def test_bad_input_is_told_before_anything_is_asked(local, call, text):
         call(local)
 
 
+def test_a_log_probability_that_is_no_number_is_no_answer():
+    choice = {"message": {"content": "a"}, "logprobs": {"content": [{"token": "a", "logprob": math.nan}]}}
+    with pytest.raises(ValueError, match="not a number"):
+        _read_chat({"choices": [choice]})
+
+
+def test_a_prompt_that_stands_twice_is_asked_once():
+    with protocol_server() as server:
+        made = endpoint(server).generate_many(["a b", "c d", "a b"], 2)
+    assert [row[0].text for row in made] == ["b a", "d c", "b a"]
+    assert len(server.seen) == 4
+
+
 def test_a_character_that_is_split_over_tokens_belongs_to_the_last_of_them():
     rows = [
         {"token": "caf", "logprob": -0.1, "bytes": list(b"caf")},

@@ -1,5 +1,6 @@
 import ast
 import json
+import math
 import os
 import socket
 import subprocess
@@ -102,7 +103,8 @@ def test_what_does_not_compile_is_told(code):
 
 
 def test_wrong_limits_and_inputs():
-    for options in ({"timeout_s": 0}, {"timeout_s": -1}, {"memory_mb": 0}):
+    never = ({"timeout_s": math.inf}, {"timeout_s": math.nan}, {"memory_mb": 10**18})
+    for options in ({"timeout_s": 0}, {"timeout_s": -1}, {"memory_mb": 0}, *never):
         with pytest.raises(InputError, match="timeout_s"):
             run_sandboxed("def f(x): return x", [1], **options)
     with pytest.raises(InputError, match="JSON"):
@@ -116,6 +118,7 @@ REFUSED = {
     "import sys\ndef f(x): sys.exit()": "sys",
     "import numpy.lib.npyio\ndef f(x): return x": "lib",
     "from numpy import load\ndef f(x): return load('a')": "load",
+    "import scipy.sparse as s\ndef f(x): return s.load_npz('a')": "load_npz",
     "from numpy import *\ndef f(x): return load('a')": "*",
     "from . import secrets": ".",
     "import numpy as np\ndef f(x): return np.load('a.npy', allow_pickle=True)": "load",
@@ -178,6 +181,33 @@ def test_refused(code):
 def test_plain_code_is_not_refused(code):
     assert check_code(code) is not None
     assert reasons(run_sandboxed(code, [1])) == ["value"]
+
+
+@pytest.mark.parametrize(
+    ("imported", "calls"),
+    [
+        (
+            "numpy",
+            (
+                "np.median([x, 3, 2])", "abs(np.fft.fft([x, 1])[0])", "np.linalg.norm([x])", "np.random.default_rng(0).random()",
+                "np.polynomial.Polynomial([1, 2])(x)", "np.ma.array([x]).sum()", "len(np.char.upper(['a']))",
+                "len(np.strings.upper(['a']))", "'\\N{DEGREE SIGN}'",
+            ),
+        ),
+        (
+            "scipy",
+            (
+                "np.integrate.quad(abs, 0, x)[0]", "np.fft.fft([x, 1])[0].real", "np.constants.pi", "np.ndimage.sum([x])",
+                "np.sparse.eye(3).sum()", "np.spatial.distance.euclidean([x], [2])", "np.cluster.vq.whiten([[x], [2]])",
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_every_part_is_there_in_a_fresh_process(imported, calls):
+    """Parts that load when first used, whatever ran before."""
+    with Sandbox() as made:
+        for call in calls:
+            assert reasons(made.run(f"import {imported} as np\ndef f(x): return {call}", [1])) == ["value"], call
 
 
 # ---- attacks on the process, most of them as if nothing had been refused

@@ -644,8 +644,41 @@ def test_the_chart_clusters_the_inputs_of_a_black_box():
     assert finding.comparison.estimate.value > 0.9
     target = torch.as_tensor(x[:, 0]).float()
     values = a_finding(black_box(x, target, "regression", modality="tabular", features=tuple("abcd")))
-    assert re.search(r"5 clusters of the inputs tell \d+ % of the target's variance", values.headline)
+    assert re.search(r"5 clusters of the inputs tell \d+ % of the variance of the target on test rows", values.headline)
     assert "surely" in values.advice or "better" in values.advice
+
+
+def test_the_chart_copes_with_clusters_that_no_test_row_is_in():
+    x, y = blobs(400, 4, 3, noise=0.3)
+    order = np.argsort(np.where(y == 2, 0, 1), kind="stable")  # none of the last 80 rows is of the third class
+    finding = a_finding(
+        black_box(
+            x[order], y[order], "classification", modality="tabular", features=tuple("abcd"), classes=("u", "v", "w")
+        )
+    )
+    assert finding.numbers["clusters with test rows"].value == 2
+    assert finding.comparison.estimate.value > 0.9
+
+
+def forecast(series, window=20):
+    """A subject of the next value of ``series`` (T,), split by time, with a linear model."""
+    values = torch.as_tensor(series).float()
+    parts = []
+    for part in (values[:600], values[600:800], values[800:]):
+        x = part.unfold(0, window, 1)[:-1][..., None]
+        parts.append(Rows(x, part[window:], torch.arange(len(x)) // window))
+    flat = parts[0].x.flatten(1).numpy()
+    return Subject("made", Dataset("made", "series", "regression", *parts), Ridge().fit(flat, parts[0].y.numpy()))
+
+
+def test_of_a_forecast_clusters_tell_the_change():
+    t = np.arange(1000)
+    wave = a_finding(forecast(np.sin(t / 5) + t / 50))  # the level of the test rows is in no training row
+    assert re.search(r"tell \d+ % of the variance of the next change on test rows", wave.headline)
+    assert wave.comparison.estimate.value > 0.3
+    assert wave.numbers["variance of the next change on test rows told, neural clustering"].unit == "R2"
+    walk = a_finding(forecast(np.random.default_rng(0).normal(size=1000).cumsum()))
+    assert walk.comparison.estimate.value < 0.1
 
 
 def test_the_chart_shows_the_mean_series_of_each_cluster():
@@ -699,7 +732,11 @@ def test_the_command_clusters_vectors(tmp_path):
     assert told["tell"]["accuracy"] == told["k_means"]["accuracy"] == told["k_means_on_its_codes"]["accuracy"] == 1
     assert np.array_equal(TELL.load(tmp_path / "model").predict(x), told["labels"])
     assert "clusters with rows: 3" in run(*given).output
+    np.save(tmp_path / "line.npy", np.arange(9.0))
+    np.save(tmp_path / "texts.npy", np.array([["a", "b"]] * 9))
     for wrong, words in (
+        (["--vectors", tmp_path / "line.npy"], "must hold numbers, rows x columns"),
+        (["--vectors", tmp_path / "texts.npy"], "must hold numbers, rows x columns"),
         (["--encoder", "deep"], "--encoder must be"), (["--clusters", 91], "more than"),
         (["--truth", tmp_path / "x.txt"], "cannot read"),
     ):  # fmt: skip

@@ -85,6 +85,9 @@ def test_unusable_series_and_options_are_told():
     flat = [Rows(torch.ones(9, 20, 1), torch.arange(9.0))] * 3
     with pytest.raises(DataError, match="the series are constant"):
         memory_scan(Dataset("flat", "series", "regression", *flat))
+    still = [Rows(torch.randn(30, 20, 1), torch.zeros(30))] * 3
+    with pytest.raises(DataError, match="the target is the same in all training rows"):
+        memory_scan(Dataset("still", "series", "regression", *still))
     table = [Rows(torch.randn(9, 20), torch.arange(9.0))] * 3
     with pytest.raises(DataError, match="these are tabular"):
         memory_scan(Dataset("table", "tabular", "regression", *table))
@@ -218,6 +221,16 @@ def test_short_series_are_refused_with_the_reason():
     assert "at least 16 steps; these have 12" in step.reason
 
 
+def test_a_constant_target_is_refused_with_the_reason():
+    data = echo(3)
+    still = [Rows(part.x, torch.ones(len(part))) for part in data.parts.values()]
+    made = Subject(
+        "still", Dataset("still", "series", "regression", *still), nn.Sequential(nn.Flatten(), nn.Linear(96, 1))
+    )
+    (step,) = [step for step in make_plan(made) if step.slug == "hippo"]
+    assert step.reason == "needs a target that changes in the training and the test rows"
+
+
 # ---- the command
 
 
@@ -285,7 +298,17 @@ def test_a_short_series_is_not_called_sure(tmp_path):
     (tmp_path / "short.csv").write_text("v\n" + "".join(f"{value:.4f}\n" for value in np.sin(t / 2) + t / 50))
     found = json.loads(run("--scan", tmp_path / "short.csv", "--json").stdout)
     assert "no sure gain from memory" in found["finding"]
-    assert "1 independent stretches are too few to tell" in found["finding"]
+    assert "1 independent stretch is too few to tell" in found["finding"]
+
+
+def test_the_windows_of_a_scan_leave_enough_stretches_to_be_sure(waves, tmp_path):
+    found = json.loads(run("--scan", waves, "--column", "wave", "--json").stdout)
+    assert found["windows"].endswith("of 28 steps")  # the tenth of the times left two stretches, which tell nothing
+    assert found["finding"].startswith("The next value needs about")
+    (tmp_path / "few.csv").write_text("v\n" + "1.5\n2.5\n" * 50)
+    answer = run("--scan", tmp_path / "few.csv")
+    assert answer.exit_code == 1
+    assert "needs at least 130 times" in str(answer.exception)
 
 
 @pytest.mark.slow

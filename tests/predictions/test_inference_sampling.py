@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from theodolite.core.errors import DataError, InputError
+from theodolite.core.estimate import Estimate
 from theodolite.predictions import inference as inf
 from theodolite.predictions.inference import (
     DegeneratePopulation,
@@ -49,6 +50,7 @@ from theodolite.predictions.inference import (
     uniform_discrete,
 )
 from theodolite.predictions.inference.bases import Base
+from theodolite.survey.predictions import recalibration as recalibration_chart
 
 
 def flips(heads, prior=None):
@@ -273,6 +275,12 @@ def test_grid_mismatch_tells_probability_and_grid():
     assert len(mh_matrix(bernoulli(0.35), 20)[0]) == 20
 
 
+def test_a_matrix_that_would_not_fit_into_memory_is_refused(monkeypatch):
+    monkeypatch.setattr("theodolite.predictions.inference.validation.DEFAULT_BUDGET", 8 * 20**2 - 1)
+    with pytest.raises(EnumerationError, match="20 traces on a grid of 20"):
+        mh_matrix(bernoulli(0.35), 20)
+
+
 def test_all_weights_zero():
     never = lambda at: scan(lambda s, t: condition(t != at).bind(lambda _: bernoulli(0.5)), 0, range(4))
     for run in (
@@ -317,6 +325,10 @@ def test_a_factor_under_a_bare_sampler_says_what_to_wrap_it_in():
         (lambda: inf.validate(lambda m: m, []), "no program to validate on"),
         (lambda: Sampler(0).run(bernoulli(0.5).bind(lambda b: b)), r"such as ret\("),
         (lambda: enumerate_exact(bernoulli(1).bind(lambda b: 3)), "expected a program, got 3"),
+        (
+            lambda: enumerate_exact(bernoulli(1).bind(lambda b: sprinkler)),
+            r"the function sprinkler that makes one; call it: sprinkler\(",
+        ),
         (lambda: program(lambda: 3), "has no yield"),
     ],
 )
@@ -486,3 +498,17 @@ def test_a_number_of_any_kind_says_how_many_values_there_are():
     assert enumerate_exact(uniform_discrete(np.int64(3))).probabilities() == pytest.approx(
         dict.fromkeys(range(3), 1 / 3)
     )
+
+
+@pytest.mark.parametrize(
+    ("temperature", "gain", "words"),
+    [
+        ((0.8, 1.2), (0.01, 0.02), "Leave the probabilities as they are, or give more validation rows"),
+        ((0.3, 0.9), (-0.01, 0.02), "70 test rows cannot tell whether correcting it pays"),
+        ((0.3, 0.9), (-0.03, -0.01), "correcting it harms the test rows: look for a shift"),
+        ((1.2, 1.6), (0.01, 0.02), "Divide the logits by 1.40"),
+    ],
+)
+def test_the_charts_advice_goes_no_further_than_its_rows(temperature, gain, words):
+    estimates = [Estimate((low + high) / 2, low, high, "", 70) for low, high in (temperature, gain)]
+    assert words in recalibration_chart._advice(*estimates)

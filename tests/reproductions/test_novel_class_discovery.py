@@ -33,6 +33,14 @@ def test_without_files_claims_name_them(monkeypatch):
         assert "in the folder THEODOLITE_DATA" in claim.scaled
 
 
+def test_the_scores_that_tuning_had_to_go_by_are_told():
+    hidden = [[(0.4, 0.6), (0.7, 0.5)], [(0.5, 0.5), (0.7, 0.7)]]  # seed, setting, split
+    told = paper._hidden_scores((0.0, 0.5), hidden)
+    # the settings' differences are -0.3 and 0.1 in one seed, -0.2 twice in the other
+    assert "0: 0.500, 0.5: 0.650" in told
+    assert "standard error of about 0.10 a seed" in told
+
+
 def test_new_classes_have_no_label_and_test_rows_are_others():
     table = paper._read("digits", None, 3)
     assert set(table.labels) == {"-1", *"12789"} == {"-1"} | (set(map(str, range(10))) - set(table.novel))

@@ -22,7 +22,7 @@ def make_folder(path: Path) -> Path:
             probe.write(b"x")
             probe.flush()
     except OSError as error:
-        raise DiskError(f"cannot write into the folder {path}: {error.strerror}; choose another with --out") from error
+        raise DiskError(f"cannot write into the folder {path}: {error.strerror}; choose another one") from error
     return path
 
 

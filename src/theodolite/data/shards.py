@@ -30,14 +30,13 @@ import pyarrow.parquet as pq
 from jaxtyping import Int
 
 from theodolite.core.errors import DataError, InputError, require
-from theodolite.core.files import disk_errors
 
 Form = Literal["jsonl", "text", "parquet"]
 FORMS: dict[str, Form] = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "text", ".text": "text", ".parquet": "parquet",
 }  # fmt: skip
 SUFFIXES: dict[Form, str] = {"jsonl": ".jsonl", "text": ".txt", "parquet": ".parquet"}
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _BROKEN = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 _READ, _BATCH, _IN_MEMORY = 1 << 20, 1024, 10_000
 
@@ -80,7 +79,7 @@ class FileShard:
         """Write the rows asked for (ascending) as they are, or a line of JSON for each where ``form`` is "jsonl"."""
         if self.form == "parquet":
             kept = (batch.take(pa.array(_within(rows, first, len(batch)))) for first, batch in self._batches())
-            _write_batches(kept, self._schema(), file) if form == "parquet" else _write_json(kept, file)
+            write_batches(kept, self._schema(), file) if form == "parquet" else _write_json(kept, file)
             return
         for _, line in self._chosen(rows):
             if form != self.form:
@@ -381,11 +380,11 @@ def _listed(url: str) -> list[tuple[Any, str]]:
 
 def _cut(fs: Any, path: str, field: str, block: int, on_error: Literal["raise", "skip"]) -> list[FileShard]:
     name, suffix = path, Path(path).suffix.lower()
-    compression = suffix if suffix in _COMPRESSED else ""
+    compression = suffix if suffix in COMPRESSED else ""
     form = FORMS.get(Path(name.removesuffix(Path(path).suffix) if compression else name).suffix.lower())
     if form is None or (compression and form == "parquet"):
         raise DataError(
-            f"{path}: a corpus is made of {', '.join(FORMS)} files; the first five also with {', '.join(_COMPRESSED)}"
+            f"{path}: a corpus is made of {', '.join(FORMS)} files; the first five also with {', '.join(COMPRESSED)}"
         )
     info = fs.info(path)
     dated = next((info[key] for key in ("mtime", "LastModified", "ETag", "updated") if key in info), "")
@@ -440,75 +439,7 @@ def _write_json(batches: Iterable[pa.RecordBatch], file: Any) -> None:
             file.write(_json_line(row))
 
 
-def _write_batches(batches: Iterable[pa.RecordBatch], schema: pa.Schema, file: Any) -> None:
+def write_batches(batches: Iterable[pa.RecordBatch], schema: pa.Schema, file: Any) -> None:
     with pq.ParquetWriter(file, schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
-
-
-def prepare_folder(folder: str, names: Sequence[str]) -> None:
-    """Make a folder for the parts ``names``; parts of another selection in it are an error."""
-    fs, path = fsspec.core.url_to_fs(folder)
-    try:
-        fs.makedirs(path, exist_ok=True)
-        there = {Path(name).name for name in fs.ls(path, detail=False)}
-    except OSError as error:
-        raise DataError(f"cannot write into the folder {folder}: {error}") from error
-    others = sorted(name for name in there - set(names) if name.startswith("part-"))
-    if others:
-        raise DataError(
-            f"{folder} holds parts of another selection ({others[0]}, ...); remove them or choose another folder"
-        )
-
-
-def write_part(shard: FileShard | MemoryShard, rows: np.ndarray, folder: str, name: str, form: Form) -> None:
-    """Write rows of a shard as the file ``name`` in ``folder``; it is there when it is whole."""
-    fs, path = fsspec.core.url_to_fs(folder)
-    with _written_whole(fs, f"{path}/.{name}.unfinished", f"{path}/{name}") as file:
-        shard.copy(rows, file, form)
-
-
-@contextmanager
-def _written_whole(fs: Any, unfinished: str, path: str) -> Iterator[Any]:
-    """A file that gets its name when it is whole; DiskError, and no file, where it cannot be written."""
-    with disk_errors(path):
-        try:
-            with fs.open(unfinished, "wb") as file:
-                yield file
-            fs.mv(unfinished, path)
-        except OSError:
-            if fs.exists(unfinished):
-                fs.rm(unfinished)
-            raise
-
-
-def join_parts(folder: str, names: Sequence[str], out: str, form: Form) -> None:
-    """Put the files ``names`` of ``folder`` after one another as the file ``out``, and remove the folder."""
-    fs, path = fsspec.core.url_to_fs(folder)
-    _, target = fsspec.core.url_to_fs(out)
-    with _written_whole(fs, f"{path}/.whole", target) as file:
-        if form == "parquet":
-            _write_batches(*_parquet_parts(fs, [f"{path}/{name}" for name in names]), file)
-        else:
-            for name in names:
-                with fs.open(f"{path}/{name}", "rb") as part:
-                    while piece := part.read(_READ):
-                        file.write(piece)
-    fs.rm(path, recursive=True)
-
-
-def _parquet_parts(fs: Any, paths: list[str]) -> tuple[Iterator[pa.RecordBatch], pa.Schema]:
-    with fs.open(paths[0], "rb") as first:
-        schema = pq.ParquetFile(first).schema_arrow
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        for path in paths:
-            with fs.open(path, "rb") as part:
-                for batch in pq.ParquetFile(part).iter_batches(_BATCH):
-                    if not batch.schema.equals(schema):
-                        raise DataError(
-                            "the Parquet files have different columns, so they cannot be put into one; give a folder as --out"
-                        )
-                    yield batch
-
-    return batches(), schema

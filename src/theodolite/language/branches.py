@@ -8,6 +8,7 @@ text's keys that a plain batch makes for each continuation, and moves at each to
 
 __all__ = ["Branches", "Text", "draw", "last_places", "read_text", "shares"]
 
+import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,16 +38,17 @@ class Text(NamedTuple):
 
 def read_text(model: Any, ids: Sequence[int]) -> Text:
     """One forward pass over the tokens of a text."""
-    out = model(torch.tensor([list(ids)]), use_cache=True, **last_places(model, 1))
+    out = model(torch.tensor([list(ids)], device=model.device), use_cache=True, **last_places(model, 1))
     # under the name that this version of transformers gives it
     return Text(len(ids), out.logits[0, -1], out["cache"] if "cache" in out else out["past_key_values"])
 
 
 def shares(model: Any) -> bool:
-    """Whether continuations of a text can share its keys and values: every layer is plain attention, by transformers' interface."""
+    """Whether continuations of a text can share its keys and values: every layer is plain attention, called by its interface."""
     return (
         getattr(model.config, "_attn_implementation", None) == "sdpa"
         and model._can_set_attn_implementation()
+        and not hasattr(model.config, "kv_lora_rank")  # such layers keep something else than their keys
         and "position_ids" in inspect.signature(model.forward).parameters
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
     )
@@ -61,7 +63,8 @@ class Branches:
 
     def __init__(self, model: Any, texts: Sequence[tuple[Text, int]], most: int) -> None:
         self._model, self._own = model, 0
-        self._lengths = torch.tensor([text.length for text, count in texts for _ in range(count)])
+        lengths = [text.length for text, count in texts for _ in range(count)]
+        self._lengths = torch.tensor(lengths, device=model.device)
         self._layers: list[_Layer] = []
         if shares(model):
             counts = [count for _, count in texts]
@@ -70,20 +73,24 @@ class Branches:
             self._cache = Cache(layers=list(self._layers))
         elif len(texts) == 1:
             (text, count) = texts[0]
-            self._cache = text.cache
-            self._cache.batch_repeat_interleave(count)
+            self._cache = copy.deepcopy(text.cache)
+            if count > 1:
+                if not all(hasattr(layer, "batch_repeat_interleave") for layer in self._cache.layers):
+                    raise ModelError(f"{type(model).__name__} can write one continuation at a time only; ask with n=1")
+                self._cache.batch_repeat_interleave(count)
         else:
             raise ModelError("this network goes on from one text at a time")
 
     def step(self, tokens: Int[Tensor, "row place"], last: int = 1) -> Float[Tensor, "row last vocabulary"]:
         """Append tokens to each row; the logits after the last places of each."""
-        width = tokens.shape[1]
+        tokens, width = tokens.to(self._model.device), tokens.shape[1]
         given: dict[str, Any] = {"use_cache": True, **last_places(self._model, last)}
         names = inspect.signature(self._model.forward).parameters
         given["cache" if "cache" in names else "past_key_values"] = self._cache
         if self._layers:
-            places = torch.arange(self._own, self._own + width)
-            seen = torch.arange(self._own + width) <= places[:, None]  # of its own tokens; all of the text is seen
+            places = torch.arange(self._own, self._own + width, device=tokens.device)
+            # of a row's own tokens; all of its text is seen
+            seen = torch.arange(self._own + width, device=tokens.device) <= places[:, None]
             with _attending(self._model, self._layers):
                 out = self._model(
                     tokens, attention_mask=seen[None, None], position_ids=self._lengths[:, None] + places, **given
@@ -95,7 +102,7 @@ class Branches:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only, given in their order."""
-        chosen = torch.tensor(rows)
+        chosen = torch.tensor(rows, device=self._model.device)
         self._lengths = self._lengths[chosen]
         if self._layers:
             for layer in self._layers:
@@ -114,6 +121,8 @@ class _Layer(DynamicLayer):
 
     def __init__(self, texts: list[tuple[Tensor, Tensor]], counts: list[int], most: int) -> None:
         super().__init__()
+        self.keys: Tensor
+        self.values: Tensor
         self.texts, self.counts, self.most, self.used = texts, counts, most, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -134,8 +143,9 @@ class _Layer(DynamicLayer):
         return self.texts[0][0].shape[2] + self.used
 
     def keep(self, rows: Tensor) -> None:
-        self.keys, self.values = self.keys[rows], self.values[rows]
-        of = np.repeat(np.arange(len(self.counts)), self.counts)[rows.numpy()]
+        if self.is_initialized:
+            self.keys, self.values = self.keys[rows], self.values[rows]
+        of = np.repeat(np.arange(len(self.counts)), self.counts)[rows.cpu().numpy()]
         self.counts = [int((of == i).sum()) for i in range(len(self.counts))]
 
 
@@ -173,21 +183,31 @@ def _attend(
         near = (
             near.view(rows, groups, -1, width, own).masked_fill(~attention_mask[:, :, None], -torch.inf).flatten(2, 3)
         )
-    out = []
+    of_own, own_sum = near.softmax(-1) @ value, near.logsumexp(-1, keepdim=True)
+    out = torch.empty_like(of_own)
     start = 0
     for (text_keys, text_values), count in zip(layer.texts, layer.counts, strict=True):
-        if not count:
-            continue
-        part = slice(start, start + count)
-        start += count
-        # all rows of a text as one matrix for each group of heads
-        folded = asked[part].transpose(0, 1).reshape(groups, -1, size)
-        far = (folded @ text_keys[0].transpose(1, 2)).view(groups, count, -1, text_keys.shape[2])
-        p = torch.cat([far, near[part].transpose(0, 1)], dim=-1).softmax(-1)
-        of_text, of_own = p.split([text_keys.shape[2], own], dim=-1)
-        told = (of_text.flatten(1, 2) @ text_values[0]).view(groups, count, -1, value.shape[-1]).transpose(0, 1)
-        out.append(told + of_own.transpose(0, 1) @ value[part])
-    return torch.cat(out).view(rows, heads, width, -1).transpose(1, 2).contiguous(), None
+        if count:
+            part = slice(start, start := start + count)
+            # all rows of a text as one matrix for each group of heads
+            folded = asked[part].transpose(0, 1).reshape(1, groups, -1, size)
+            of_text, text_sum = (
+                one.view(groups, count, near.shape[2], -1).transpose(0, 1)
+                for one in _read(folded, text_keys, text_values)
+            )
+            # the two parts as one softmax: each by its share of the sum of exponentials
+            out[part] = torch.lerp(of_own[part], of_text, torch.sigmoid(text_sum - own_sum[part]))
+    return out.view(rows, heads, width, -1).transpose(1, 2).contiguous(), None
+
+
+def _read(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention without a mask, and the logarithm of the sum of exponentials under its softmax."""
+    if (
+        query.device.type == "cpu" and keys.shape[3] == values.shape[3]
+    ):  # the kernel of torch's own attention tells both
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, keys, values, scale=1.0)
+    scores = query @ keys.transpose(2, 3)
+    return scores.softmax(-1) @ values, scores.logsumexp(-1)
 
 
 AttentionInterface.register(_NAME, _attend)
@@ -198,8 +218,8 @@ def draw(
 ) -> Int[Tensor, " row"]:
     """The next token of each row: the likeliest at temperature 0, else drawn from the smallest set of at least top_p.
 
-    places: uniform numbers in [0, 1), at which the tokens stand when they are laid out in the vocabulary's order, each as long as it
-    is likely; so a row has the same token whatever stands beside it.
+    places: uniform numbers in [0, 1): where the token stands when all are laid out in the vocabulary's order, each as long as it
+    is likely. So a row has the same token whatever stands beside it.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -208,8 +228,9 @@ def draw(
         least = _least(p, min(_TOP, p.shape[1]), top_p)
         p = p.masked_fill(p < least[:, None], 0.0)
     ends = p.cumsum(-1)
-    at = torch.searchsorted(ends, (places * ends[:, -1])[:, None], right=True)[:, 0]
-    return at.clamp(max=p.shape[1] - 1)
+    whole = ends[:, -1]
+    wanted = torch.minimum(places * whole, whole.nextafter(torch.zeros_like(whole)))  # the product may be rounded up
+    return torch.searchsorted(ends, wanted[:, None], right=True)[:, 0]
 
 
 def _least(p: Float[Tensor, "row vocabulary"], top: int, top_p: float) -> Float[Tensor, " row"]:

@@ -3,6 +3,7 @@
 __all__ = ["Endpoint"]
 
 import json
+import math
 import os
 import threading
 import warnings
@@ -333,6 +334,14 @@ def _used(answer: Any, which: str) -> int:
     return int((answer.get("usage") or {}).get(which) or 0)
 
 
+def _number(logprob: Any) -> float:
+    """A log-probability; ValueError, as of an answer that is none, where it is not a number."""
+    value = float(logprob)
+    if math.isnan(value):
+        raise ValueError("a log-probability is not a number")
+    return value
+
+
 def _read_chat(answer: Any) -> Completion:
     choice = answer["choices"][0]
     text = choice["message"]["content"]
@@ -348,7 +357,7 @@ def _read_chat(answer: Any) -> Completion:
     tokens, start = [], 0
     for row in rows:
         piece = row["token"] if row.get("bytes") is None else decoder.decode(bytes(row["bytes"]))
-        tokens.append(Token(piece, float(row["logprob"]), start))
+        tokens.append(Token(piece, _number(row["logprob"]), start))
         start += len(piece)
     return Completion(
         text, tuple(tokens) if tokens else None, choice.get("finish_reason") or "stop",
@@ -359,7 +368,7 @@ def _read_chat(answer: Any) -> Completion:
 def _read_first(answer: Any) -> tuple[list[tuple[str, float]], int]:
     """The likeliest first tokens with their log-probabilities, and the tokens that were read."""
     rows = (answer["choices"][0].get("logprobs") or {}).get("content") or []
-    told = [(str(one["token"]), float(one["logprob"])) for one in (rows[0].get("top_logprobs") or [])] if rows else []
+    told = [(str(one["token"]), _number(one["logprob"])) for one in (rows[0].get("top_logprobs") or [])] if rows else []
     return told, _used(answer, "prompt_tokens")
 
 
@@ -384,6 +393,6 @@ def _read_echo(answer: Any, text: str) -> tuple[list[Token], int]:
     rows = [(int(place), number) for place, number in zip(places, numbers, strict=True) if int(place) < len(text)]
     ends = [*(place for place, _ in rows[1:]), len(text)]
     return [
-        Token(text[place:end], None if number is None else float(number), place)
+        Token(text[place:end], None if number is None else _number(number), place)
         for (place, number), end in zip(rows, ends, strict=True)
     ], used

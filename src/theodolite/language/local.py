@@ -26,10 +26,10 @@ _KEPT = 0.25  # of the memory: what texts that were read may take until others a
 
 
 class _Row:
-    """A continuation as it is written. places: where each token is drawn, by the seed and the number of the continuation."""
+    """A continuation of a text as it is written. places: where each token is drawn, by the seed and the continuation's number."""
 
-    def __init__(self, limit: int, seed: int, number: int) -> None:
-        self.limit, self.finish = limit, "length"
+    def __init__(self, text: int, limit: int, seed: int, number: int) -> None:
+        self.text, self.limit, self.finish = text, limit, "length"
         self.places = np.random.default_rng([seed % 2**64, number]).random(limit).tolist()
         self.ids: list[int] = []
         self.logprobs: list[float] = []
@@ -138,16 +138,15 @@ class LocalModel(LanguageModel):
         """rows: (text, number of its continuation). What a row draws depends on the seed and its number alone."""
         from theodolite.language.branches import Branches, draw
 
-        counts = Counter(i for i, _ in rows)
-        texts = self._read([starts[i] for i in counts])
-        written = [_Row(self._most(len(starts[i]), request), request["seed"], j) for i, j in rows]
+        written = [_Row(i, self._most(len(starts[i]), request), request["seed"], j) for i, j in rows]
         ends = _end_tokens(self.model, self.tokenizer)
         stops = [(stop, len(stop.encode()) + 1) for stop in request["stop"]]
-        branches = Branches(
-            self.model, list(zip(texts, counts.values(), strict=True)), max(row.limit for row in written)
-        )
-        logits = torch.cat([text.logits.expand(count, -1) for text, count in zip(texts, counts.values(), strict=True)])
-        going = [row for row in written if row.limit]
+        going = [row for row in written if row.limit]  # a text that fills the window has no room for more
+        if going:
+            counts = Counter(row.text for row in going)
+            texts = list(zip(self._read([starts[i] for i in counts]), counts.values(), strict=True))
+            branches = Branches(self.model, texts, max(row.limit for row in going))
+            logits = torch.cat([text.logits.expand(count, -1) for text, count in texts])
         while going:
             places = torch.tensor([row.places[len(row.ids)] for row in going], device=logits.device)
             chosen = draw(logits, request["temperature"], request["top_p"], places)
@@ -170,7 +169,7 @@ class LocalModel(LanguageModel):
             going = [going[at] for at in left]
             if going:
                 logits = branches.step(chosen[:, None])[:, -1]
-        return [self._completion(row, request, len(starts[i])) for row, (i, _) in zip(written, rows, strict=True)]
+        return [self._completion(row, request, len(starts[row.text])) for row in written]
 
     def _read(self, starts: list[list[int]]) -> list["Text"]:
         """What the network makes of each text; the last few are kept, as a text is often gone on from again."""
@@ -253,8 +252,9 @@ class LocalModel(LanguageModel):
         if not ids:
             raise InputError(f"the text has no tokens for {self.name}")
         self._fits(len(ids), "the text")
-        logits = self.model(torch.tensor([ids])).logits[0, :-1].float()
-        told = -nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none") if len(ids) > 1 else []
+        logits = self.model(torch.tensor([ids], device=self.model.device)).logits[0, :-1].float()
+        after = torch.tensor(ids[1:], device=logits.device)
+        told = -nn.functional.cross_entropy(logits, after, reduction="none") if len(ids) > 1 else []
         return _with_places(self.tokenizer, ids, [None, *map(float, told)]), len(ids)
 
 

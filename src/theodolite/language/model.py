@@ -236,16 +236,16 @@ class LanguageModel(ABC):
         """
         requests = [_continuation(prompt, n, **options) for prompt in prompts]
         keys = [self._key("generate", request) for request in requests]
-        found: dict[int, list[Completion]] = {}
-        for at, key in enumerate(keys):
+        found: dict[str, list[Completion]] = {}
+        for key in dict.fromkeys(keys):
             if (kept := self._kept(key)) is not None:
-                found[at] = [_completion(row) for row in kept]
-        missing = [at for at in range(len(keys)) if at not in found]
+                found[key] = [_completion(row) for row in kept]
+        missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
         if missing:
-            for at, made in zip(missing, self._generate_each([requests[at] for at in missing]), strict=True):
-                self._keep_completions(keys[at], made)
-                found[at] = made
-        return [found[at] for at in range(len(keys))]
+            for key, made in zip(missing, self._generate_each(list(missing.values())), strict=True):
+                self._keep_completions(key, made)
+                found[key] = made
+        return [found[key] for key in keys]
 
     def _generate_each(self, requests: Sequence[dict[str, Any]]) -> Iterator[list[Completion]]:
         """Continuations of each prompt, in their order, without the cache; the requests differ in the prompt alone."""

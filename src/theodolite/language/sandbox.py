@@ -53,10 +53,10 @@ _names = "eval exec compile open input breakpoint getattr setattr delattr vars g
 _NAMES = frozenset(_names.split())
 # numpy's, scipy's and string's ways to files, native code, code from text, and what leads from an object to a frame
 _attributes = (
-    "load loads save savez savez_compressed savetxt loadtxt genfromtxt fromfile tofile fromregex memmap open_memmap "
-    "DataSource dump dumps ctypes ctypeslib as_ctypes lib f2py distutils testing core show_config info source lookfor "
-    "get_include LowLevelCallable Formatter format_map gi_frame gi_code gi_yieldfrom cr_frame cr_code ag_frame ag_code f_back "
-    "f_builtins f_code f_globals f_locals tb_frame tb_next mro with_traceback bltns npyio mmio"
+    "load loads load_npz save save_npz savez savez_compressed savetxt loadtxt genfromtxt fromfile tofile fromregex memmap "
+    "open_memmap DataSource dump dumps ctypes ctypeslib as_ctypes lib f2py distutils testing core show_config info source "
+    "lookfor get_include LowLevelCallable Formatter format_map gi_frame gi_code gi_yieldfrom cr_frame cr_code ag_frame ag_code "
+    "f_back f_builtins f_code f_globals f_locals tb_frame tb_next mro with_traceback bltns npyio mmio"
 )
 # names of modules of the standard library that are also names of harmless functions
 _harmless = "array bisect cmath copy math random re select signal statistics string trace types numbers"
@@ -243,7 +243,8 @@ class Sandbox:
         if tree is None:
             return [SandboxFailure("syntax", "the program does not compile")] * len(waiting)
         job = {
-            "code": code, "imports": _roots(tree), "defined": _defined(tree), "timeout": timeout_s, "memory": round(memory_mb * 2**20),
+            "code": code, "imports": _roots(tree), "defined": _defined(tree), "timeout": timeout_s,
+            "memory": round(memory_mb * 2**20),
         }  # fmt: skip
         results: list[Any] = []
         for _ in range(1 + _RESTARTS):

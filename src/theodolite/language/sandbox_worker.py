@@ -17,22 +17,20 @@ import signal
 import struct
 import sys
 import time
+import unicodedata  # noqa: F401, for names of letters in texts, which a locked process can no longer load it for
 from collections.abc import Callable
 from typing import Any
 
 _LARGEST, _ALL = 1 << 20, 16 << 20  # bytes of one result, and of all that one process gives
 _WAITING = 10  # seconds on the clock that one second of time-out may take on a loaded machine
+# numpy and scipy load their parts when they are first used, which a locked process can no longer do
+_numpy = "char fft linalg ma polynomial random rec strings"
+_scipy = (
+    "cluster constants fft fftpack integrate interpolate linalg ndimage optimize signal sparse spatial special stats"
+)
 _PRELOADED = {
-    "numpy": ("numpy",),
-    "scipy": (
-        "scipy",
-        "scipy.special",
-        "scipy.stats",
-        "scipy.signal",
-        "scipy.interpolate",
-        "scipy.optimize",
-        "scipy.linalg",
-    ),
+    "numpy": ("numpy", *(f"numpy.{part}" for part in _numpy.split())),
+    "scipy": ("scipy", *(f"scipy.{part}" for part in _scipy.split())),
     "math": ("math",),
     "re": ("re",),
     "string": ("string",),

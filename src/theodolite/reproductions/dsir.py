@@ -75,7 +75,7 @@ _SCALES = (
 
 
 def claims(scale: Scale, seed: int) -> Iterator[Claim]:
-    """Every claim; when quick with two targets and shorter training, and where data are missing the claim says which."""
+    """Every claim; when quick with part of the texts and shorter training, and where data are missing the claim says which."""
     missing = [name for name in _FILES.values() if find_data(name) is None]
     needs = f"needs {', '.join(missing)} in the folder THEODOLITE_DATA" if missing else ""
     mix = None if missing else _mix()
@@ -207,8 +207,7 @@ def _losses(train: list[torch.Tensor], test: list[torch.Tensor], words: int, ste
 
 
 def _on_the_mix(mix: dict[str, list[str]], scale: Scale, seed: int) -> Iterator[Claim]:
-    full = scale is Scale.FULL
-    names = tuple(_FILES) if full else ("HuffPost", "CLINC")
+    full, names = scale is Scale.FULL, tuple(_FILES)
     steps, every = (400, 1) if full else (60, 8)
     if not full:  # parts of the two largest domains, from all over them
         mix = {name: chunks[:: _THINNED.get(name, 1)] for name, chunks in mix.items()}

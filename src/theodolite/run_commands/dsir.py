@@ -22,20 +22,26 @@ def command(
     raw: Annotated[
         list[str] | None,
         typer.Option(
-            help="files to select from: paths, patterns or s3:// addresses of .jsonl, .txt, .parquet (the first two also .gz, "
-            ".bz2, .xz, .zst); repeatable"
+            help="files to select from: paths, patterns in quotes ('pile/*.jsonl') or s3:// addresses of .jsonl, .txt, "
+            ".parquet (the first two also .gz, .bz2, .xz, .zst); repeatable"
         ),
     ] = None,
     target: Annotated[list[str] | None, typer.Option(help="files of the texts that are wanted; repeatable")] = None,
     select: Annotated[int | None, typer.Option("--select", "-k", help="documents to select", min=0)] = None,
     out: Annotated[
-        str | None, typer.Option(help="file (.jsonl, or ending as --raw) or folder to write the selected documents to")
+        str | None,
+        typer.Option(
+            help="file (.jsonl; .txt or .parquet where --raw is) or folder to write the selected documents to"
+        ),
     ] = None,
     text: Annotated[str, typer.Option(help="where JSON and Parquet hold the text")] = "text",
     method: Annotated[str, typer.Option(help="gumbel (sampling) or top_k (the largest weights)")] = "gumbel",
     ngrams: Annotated[int, typer.Option(help="longest n-gram", min=1)] = 2,
     buckets: Annotated[int, typer.Option(help="buckets that n-grams are hashed into", min=1)] = 10_000,
     min_words: Annotated[int, typer.Option(help="shorter documents are not selected", min=0)] = 100,
+    normalize: Annotated[
+        str, typer.Option(help="sum, as published, or per_token: log weights are divided by the number of words")
+    ] = "sum",
     smoothing: Annotated[
         float, typer.Option(help="added to the target's counts; 1 where the target is small", min=0)
     ] = 0.0,
@@ -84,24 +90,29 @@ def command(
         raise InputError(f"--on-error is raise or skip and --method gumbel or top_k; got {on_error!r} and {method!r}")
     from theodolite.core.parallel import open_pool
     from theodolite.data.importance_resampling import Corpus, HashedNgrams, ImportanceResampler
+    from theodolite.data.importance_resampling.output import plan_output
 
     def corpus(files: list[str]) -> Corpus:
         return Corpus.from_files(files, text, block_bytes=block << 20, on_error=cast(Any, on_error))
 
     began = time.perf_counter()
-    wanted = [corpus([one]) for one in target] if separate_targets else corpus(target)
+    pile = corpus(raw)
+    wanted = [corpus([one]) for one in target] if separate_targets else [corpus(target)]
+    if out is not None:
+        plan_output(pile, out, kept=wanted)  # what cannot be written is told before the long work
     # one pool for all passes, whose workers remember the n-grams that they have hashed
     with executor_of(workers, dask) as given, open_pool(given) as executor, _bars(hidden=as_json) as bars:
         made = ImportanceResampler(
             HashedNgrams(ngrams, buckets),
             smoothing=smoothing,
             min_words=min_words,
+            normalize=cast(Any, normalize),
             separate_targets=separate_targets,
             executor=executor,
             seed=seed,
             folder=work,
             on_shard=_shower(bars),
-        ).fit(corpus(raw), wanted)
+        ).fit(pile, wanted if separate_targets else wanted[0])
         chosen = made.select(select, cast(Any, method))
         by_chance = made.select(select, "random")
         written = [] if out is None else made.write(chosen, out)

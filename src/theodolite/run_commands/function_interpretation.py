@@ -2,10 +2,12 @@
 
 __all__ = ["command"]
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from theodolite.commands import Json, SubjectFlags, subject_flags
 from theodolite.core.errors import DataError, InputError
@@ -17,6 +19,13 @@ _CATEGORIES = ("numeric", "strings", "neurons_entities", "neurons_relations")
 @subject_flags
 def command(
     flags: SubjectFlags,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="minilm, a Hugging Face folder or name: describe the dimensions of its sentence embeddings by the common "
+            "words of --data (texts; Python's documentation strings without it)"
+        ),
+    ] = None,
     functions: Annotated[
         int | None, typer.Option(help="benchmark on so many functions instead of charting a subject", min=1)
     ] = None,
@@ -40,11 +49,15 @@ def command(
     memory: Memory = 1024,
     as_json: Json = False,
 ) -> None:
-    """Describe a subject's own curves or units; test interpreters (--functions, --reader); score or judge --answers.
+    """Describe a subject's own curves or units, or an --encoder's; test interpreters (--functions, --reader); score or judge
+    --answers.
 
     Answers about numeric functions and generated strings are scored by their code; about published strings by their code, and
     about published neurons by their description, on the published tests (by a sentence encoder, or by --reader).
     """
+    if encoder is not None:
+        _describe(encoder, flags, as_json)
+        return
     asked = reader is not None or reader_model is not None
     if functions is None and not asked and answers is None and published is None:
         chart("function-interpretation", flags, seconds, memory, as_json)
@@ -65,6 +78,22 @@ def command(
         tell(_scored(made, category, _read(answers), model, published is not None), as_json)
         return
     tell(_benchmark(made, category, model, flags.seed, rounds, table), as_json)
+
+
+def _describe(encoder: str, flags: SubjectFlags, as_json: bool) -> None:
+    """Print the finding of an encoder's dimensions."""
+    from theodolite.language.subjects import default_texts, read_texts
+    from theodolite.survey.chart import Budget
+    from theodolite.survey.explanations.probe_words import described_encoder
+
+    if flags.subject or flags.model:
+        raise InputError("--encoder names the model; --subject and --model are of no use beside it")
+    texts = default_texts() if flags.data is None else read_texts(flags.data, column=flags.text or "text")
+    finding = described_encoder(encoder, texts, Budget(seed=flags.seed))
+    if as_json:
+        print(json.dumps(finding.to_json(), ensure_ascii=False))
+    else:
+        Console().print(str(finding), markup=False)
 
 
 def _functions(category: str, published: Path | None, count: int | None, seed: int, *, whole: bool) -> list[Any]:

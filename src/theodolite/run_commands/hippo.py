@@ -12,6 +12,7 @@ from theodolite.core.errors import InputError
 from theodolite.run_commands.shared import Memory, Seconds, chart, tell
 
 _ROWS = 3000 * 5  # of which the test windows are a fifth
+_TIMES = 130  # of which a fifth holds windows of 16 steps, and ten of them
 
 
 @subject_flags
@@ -76,7 +77,12 @@ def _one_series(path: Path, column: str | None, flags: SubjectFlags) -> Any:
                 f"{path} has {len(numeric)} columns of numbers ({', '.join(numeric[:8])}); choose one with --column"
             )
         column = numeric[0]
-    window = flags.window or max(16, min(512, len(frame) // 10))
+    if flags.window is None and len(frame) < _TIMES:
+        raise InputError(
+            f"a memory scan needs at least {_TIMES} times, for windows of 16 steps in three parts; {path} has {len(frame):,}"
+        )
+    # a fifth of the times are the test rows: of such windows they hold five stretches, the fewest that can be sure of a gain
+    window = flags.window or max(16, min(512, len(frame) // 32))
     options = DataOptions(
         series=True,
         target=column,

@@ -72,7 +72,9 @@ def command(
         tell(result, as_json)
         return
     result |= {
-        "p_value_of_label_shift": model.shift_test_.p_value,
+        "p_value_of_label_shift": "none: as many classes as domains explain any difference"
+        if classes == len(model.domains_)
+        else model.shift_test_.p_value,
         "condition_number": round(model.condition_number_, 2),
         "class_shares": dict(zip(map(str, model.domains_), model.class_shares_.T.round(4).tolist())),
     }

@@ -49,7 +49,7 @@ def command(
             f"nothing to discover: every row of {table} has a label; leave the label empty (or write -1) in the rows whose class "
             "nobody knows"
         )
-    made = PBN(n_novel=novel or "auto", epochs=flags.epochs or 200, seed=flags.seed)
+    made = PBN(n_novel=novel or "auto", epochs=flags.epochs, seed=flags.seed)
     if tune:
         made = tune_hidden(made, None, x, y, n_trials=tune, seed=flags.seed).refit
     else:
@@ -66,6 +66,7 @@ def command(
     }
     if made.count_ is not None:
         result["silhouette"] = round(float(made.count_.scores.mean(axis=1).max()), 3)
+    result["variance_that_the_network_gives_back"] = round(made.reconstruction_r2_, 3)
     if tune:
         result["parameters"] = {name: getattr(made, name) for name in ("lr", "dropout", "w", "latent_dim")}
     result["groups"] = [str(card) for card in cards]
@@ -91,8 +92,10 @@ def _read(path: Path, label: str | None, flags: SubjectFlags) -> tuple[Any, Any,
     # every unlabelled row is to get its group, so no sample of the rows is drawn
     options = dataclasses.replace(flags.options(), target=label or flags.target, max_rows=_ALL)
     frame = read_table(path, options).frame
-    target = find_target(list(map(str, frame.columns)), options)
     frame.columns = list(map(str, frame.columns))
+    if label is not None and label not in frame.columns:
+        raise InputError(f"--label {label}: {path} has no such column; its columns are {', '.join(frame.columns[:20])}")
+    target = find_target(list(frame.columns), options)
     if options.domain is not None and options.domain not in frame.columns:
         raise InputError(f"--domain {options.domain}: {path} has no such column")
     found = find_columns(frame.drop(columns=[target, *([options.domain] if options.domain is not None else [])]))

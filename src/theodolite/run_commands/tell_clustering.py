@@ -45,6 +45,8 @@ def command(
     if encoder not in ("none", "mlp", "conv", "auto"):
         raise InputError(f"--encoder must be none, mlp, conv or auto, got {encoder!r}")
     x = array(vectors)
+    if x.dtype.kind not in "biuf" or x.ndim not in (2, 3, 4):
+        raise DataError(f"{vectors} must hold numbers, rows x columns or images; it has shape {x.shape} of {x.dtype}")
     known = None if truth is None else np.array(lines(truth))
     if known is not None and len(known) != len(x):
         raise DataError(f"{truth} has {len(known)} labels for {len(x)} rows")

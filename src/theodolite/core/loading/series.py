@@ -23,6 +23,8 @@ from theodolite.core.subject import Dataset, Rows
 
 _WINDOW = 96
 _FEWEST = 10  # windows of a part
+_UNEVEN = 1.5  # times the usual step: months differ by less
+_UNITS = (("days", 86_400.0), ("hours", 3_600.0), ("minutes", 60.0), ("seconds", 1.0))
 
 
 def table_series(name: str, source: Source, options: DataOptions, wanted: Wanted) -> Dataset:
@@ -37,11 +39,13 @@ def table_series(name: str, source: Source, options: DataOptions, wanted: Wanted
     if not frame.columns.is_unique:
         raise DataError(f"{name} has several columns of one name; rename them")
     target = find_target(list(frame.columns), options)
-    timed = _in_order(name, frame)
+    timed, when = _in_order(name, frame)
     table = find_columns(frame[[target, *(c for c in frame.columns if c not in (target, timed))]])
     if not table.columns or table.columns[0].name != target or table.columns[0].kind != "numeric":
         raise DataError(f"{name}: a forecast needs numbers in the column {target!r}")
     table, filled = _filled(name, table, options)
+    if np.ptp(table.values[:, 0]) == 0:
+        raise DataError(f"{name}: the target {target!r} has the same value at every time, so there is nothing to learn")
     window, total = options.window or _WINDOW, len(table.values)
     borders = _borders(name, total, window)
     standardise = options.scale == "standard" or (options.scale is None and not wanted.trained)
@@ -52,7 +56,7 @@ def table_series(name: str, source: Source, options: DataOptions, wanted: Wanted
     check_size(windows // every * window * values.shape[1])
     parts = {part: _windows(values[a:b], window, every, options.seed) for part, (a, b) in borders.items()}
     notes = (
-        *source.notes, *((f"times are in column {timed!r}",) if timed else ()), *table.notes, *filled,
+        *source.notes, *when, *table.notes, *filled,
         f"windows of {window} steps; the target is the next value of {target!r}",
         *((f"a window starts at every {every}th time, so that at most {options.max_rows:,} are kept",) if every > 1 else ()),
         *(("channels standardised with the mean and deviation of the training times",) if standardise else ()),
@@ -88,8 +92,10 @@ def row_series(name: str, source: Source, given: np.ndarray, options: DataOption
     return Arrays(x, frame[target].to_numpy(dtype=object), given, source.notes)
 
 
-def _in_order(name: str, frame: pd.DataFrame) -> str | None:
-    """The column that holds the times, None where there is none (the rows are in order then); DataError where it goes back."""
+def _in_order(name: str, frame: pd.DataFrame) -> tuple[str | None, tuple[str, ...]]:
+    """The column that holds the times and notes on it, None where there is none (the rows are in order then); DataError where
+    it goes back.
+    """
     for column in frame.columns:
         times = frame[column]
         if types.is_string_dtype(times.dtype) or types.is_object_dtype(times.dtype):
@@ -98,8 +104,30 @@ def _in_order(name: str, frame: pd.DataFrame) -> str | None:
             if not times.is_monotonic_increasing:
                 row = int((times.diff() < pd.Timedelta(0)).to_numpy().argmax())
                 raise DataError(f"{name}: the times in {column!r} go back at row {row + 1}; sort the rows by time")
-            return column
-    return None
+            return column, (f"times are in column {column!r}", *_unevenness(column, times))
+    return None, ()
+
+
+def _unevenness(column: str, times: Any) -> tuple[str, ...]:
+    """What a reader has to know of times that do not go by one step: windows count rows, not time."""
+    steps = times.diff().dt.total_seconds().to_numpy()[1:]
+    notes = list[str]()
+    if repeated := int((steps == 0).sum()):
+        notes.append(
+            f"{repeated:,} rows have the time of the row before in {column!r}; of a table of several series give one at a time"
+        )
+    usual = float(np.median(steps)) if len(steps) else 0.0
+    if 0 < usual * _UNEVEN < steps.max():
+        notes.append(
+            f"times in {column!r} are not evenly spaced: mostly {_span(usual)} apart, up to {_span(steps.max())} before row "
+            f"{int(steps.argmax()) + 2:,}; windows count rows, so they reach across such gaps"
+        )
+    return tuple(notes)
+
+
+def _span(seconds: float) -> str:
+    unit, size = next((one for one in _UNITS if seconds >= one[1]), _UNITS[-1])
+    return f"{seconds / size:.3g} {unit}"
 
 
 def _filled(name: str, table: Table, options: DataOptions) -> tuple[Table, tuple[str, ...]]:

@@ -35,6 +35,7 @@ from theodolite.data.importance_resampling.keys import (
     ties,
 )
 from theodolite.data.importance_resampling.measures import Feature, kl_gain, shares, top_features
+from theodolite.data.importance_resampling.output import plan_output, write_part
 from theodolite.data.importance_resampling.passes import (
     Counted,
     Shard,
@@ -44,8 +45,9 @@ from theodolite.data.importance_resampling.passes import (
     stem,
     weigh_shard,
 )
-from theodolite.data.shards import FORMS, SUFFIXES, Corpus, Form, join_parts, prepare_folder, write_part
+from theodolite.data.shards import Corpus
 
+Normalize = Literal["sum", "per_token"]
 _FEWEST_GRAMS = 1000  # of a target, below which most n-grams of the raw corpus are not in it
 _AT_ONCE = 256  # results of shards that are held at the same time
 _GROUPS = 32  # tasks that the light passes over weights are put together to
@@ -75,7 +77,7 @@ class Selection:
 
     overlap_with_top_k: share of the selection that taking the k largest weights gives too. spread_over_noise: standard
     deviation of the log weights over that of the noise (1.28), mean over targets; where it is large the noise changes nothing.
-    length_correlation: of log weight and number of words.
+    length_correlation: of log weight and number of words. normalize: as of the resampler.
     """
 
     indices: Int[np.ndarray, " chosen"]
@@ -90,6 +92,7 @@ class Selection:
     length_correlation: float
     top_features: tuple[Feature, ...]
     method: Method
+    normalize: Normalize = "sum"
 
     @property
     def note(self) -> str:
@@ -110,8 +113,9 @@ class Selection:
             what = "longer" if self.length_correlation > 0 else "shorter"
             text += (
                 f" Weights go with length (correlation {self.length_correlation:.2f}): {what} documents are preferred; cut "
-                'documents into chunks of equal length, or use normalize="per_token".'
+                "documents into chunks of equal length"
             )
+            text += ', or use normalize="per_token".' if self.normalize == "sum" else "."
         return text
 
 
@@ -133,7 +137,8 @@ class ImportanceResampler:
     on_shard(pass, done, of): called after each shard of a pass over documents (progress).
 
     Documents of the raw corpus that are also in the target are not selected. For one seed the selection is the same for every
-    executor and every size of shards.
+    executor and every size of shards. Memory does not grow with the corpus, but a document is worked on whole, in about 27
+    times its own size; cut very long ones with `chunk_words`.
 
     Source: Xie, Santurkar, Ma, Liang, 2023, arXiv:2302.03169.
 
@@ -150,7 +155,7 @@ class ImportanceResampler:
     min_words: int = 100
     separate_targets: bool = False
     target_proportions: Sequence[float] | None = None
-    normalize: Literal["sum", "per_token"] = "sum"
+    normalize: Normalize = "sum"
     temperature: float = 1.0
     executor: Executor | int | None = None
     seed: int = 0
@@ -357,6 +362,7 @@ class ImportanceResampler:
             length_correlation=told.correlation,
             top_features=() if chosen is None else top_features(chosen, self._named, self.raw_),
             method=method,
+            normalize=self.normalize,
         )
 
     def _count_selected(self, corpus: Corpus, parts: list[Weights], rows: np.ndarray, pool: Executor | None) -> Counted:
@@ -377,33 +383,21 @@ class ImportanceResampler:
         out: a file ending in .jsonl, .ndjson, .json, .txt or .parquet, or a folder, which gets a file for each shard. JSON
         Lines are made of every corpus; the other forms need a corpus of that form. Each file is there when it is whole.
 
-        Raises InputError for a form that the corpus does not have, and DataError for a folder that holds other parts.
+        Raises InputError for a form that the corpus does not have, a compressed one, and where a file of the corpus would be
+        written over; DataError for a folder that holds other parts or cannot be written into.
         """
         corpus = self._corpus(raw)
-        out = str(out).rstrip("/")
-        suffix = Path(out).suffix.lower()
-        forms = {shard.form for shard in corpus.shards}
-        form: Form | None = FORMS.get(suffix)
-        if form not in (None, "jsonl") and forms != {form}:
-            raise InputError(
-                f"{suffix} files are made of a corpus of such files; this one is {', '.join(sorted(forms))}: write .jsonl"
-            )
-        folder = out if form is None else f"{out}.parts"
-        of_shard: list[Form] = [form or shard.form for shard in corpus.shards]
-        names = [f"part-{i:05d}-of-{len(of_shard):05d}{SUFFIXES[one]}" for i, one in enumerate(of_shard)]
-        prepare_folder(folder, names)
+        planned = plan_output(corpus, out)
+        planned.prepare()
         parts = self._weigh(corpus)
-        own = list(_rows_of(parts, selection.indices))
+        own = _rows_of(parts, selection.indices)
         tasks = [
-            (shard, rows, folder, name, one)
-            for shard, rows, name, one in zip(corpus.shards, own, names, of_shard, strict=True)
+            (shard, rows, planned.folder, name, form)
+            for shard, rows, name, form in zip(corpus.shards, own, planned.names, planned.forms, strict=True)
         ]
         with open_pool(self.executor) as pool:
             spread(write_part, tasks, executor=pool, on_result=self._told("writing"))
-        if form is None:
-            return [f"{out}/{name}" for name in names]
-        join_parts(folder, names, out, form)
-        return [out]
+        return planned.finish()
 
     # ---- saving
 

@@ -23,7 +23,8 @@ class ShiftTest:
     """Distance of the shares from what label shift allows, beside sampling noise.
 
     statistic: sum over domains of the L1 distance between shares and fit; p_value: how often sampling alone gives as much.
-    Small means: not explained by label shift with so many classes. domain_statistic, domain_p_value (r,): the same for each
+    Small means: not explained by label shift with so many classes. As many classes as domains explain any shares, each domain
+    being a class, so the p-value then tells nothing. domain_statistic, domain_p_value (r,): the same for each
     domain, not corrected for their number. noise (draws,): the statistic under label shift.
     """
 

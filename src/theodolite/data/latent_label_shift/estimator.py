@@ -24,8 +24,9 @@ from theodolite.core.errors import DataError, InputError
 from theodolite.core.train import Recipe, train
 from theodolite.core.view import ModelView
 from theodolite.data.latent_label_shift.checks import shift_test
-from theodolite.data.latent_label_shift.factors import factorize_shares
+from theodolite.data.latent_label_shift.factors import METHODS, factorize_shares
 from theodolite.data.latent_label_shift.posterior import (
+    SOLVERS,
     class_posterior,
     domain_posterior,
     nonnegative_least_squares,
@@ -52,6 +53,8 @@ class LatentLabelShift(BaseEstimator):
     Every fold's rows are scored by the classifier that was trained on the other folds; a classifier's scores on its own
     training rows point at the domains they came from, and the classes found would be the domains. `predict` keeps to that: a
     row that was fitted on is scored by the one classifier that has not seen it, a new row by the mean of all.
+
+    With k = r the domains themselves explain any difference between them, so ``shift_test_`` cannot fail; with k < r it can.
 
     Classes are numbered by falling share over all rows. Attributes: ``domains_`` (r,) names in the order of all columns;
     ``class_shares_`` (k, r) p_d(y); ``cluster_given_class_`` (m, k); ``domain_given_class_`` (r, k); ``domain_shares_`` (r,)
@@ -95,7 +98,7 @@ class LatentLabelShift(BaseEstimator):
         """Find the classes of rows X (n, p) from domains (n,), any names."""
         rows = self._rows(X, reset=True)
         names, column, sizes = self._checked_domains(domains, len(rows))
-        self._check_numbers()
+        self._check_options()
         m = 3 * self.n_classes if self.n_clusters is None else self.n_clusters
         self._check_sizes(m, len(rows), names, sizes)
         self._score_out_of_fold(rows, column, len(names))
@@ -192,7 +195,10 @@ class LatentLabelShift(BaseEstimator):
         names, column, sizes = np.unique(_as_names(domains, n), return_inverse=True, return_counts=True)
         return names, column, sizes
 
-    def _check_numbers(self) -> None:
+    def _check_options(self) -> None:
+        for name, allowed in (("factorizer", METHODS), ("solver", SOLVERS)):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
         given = {"n_classes": self.n_classes, "n_clusters": self.n_clusters, "n_init": self.n_init, "cv": self.cv}
         for name, value in given.items():
             if not (isinstance(value, (int, np.integer)) or (value is None and name == "n_clusters")):
@@ -200,11 +206,11 @@ class LatentLabelShift(BaseEstimator):
 
     def _check_sizes(self, m: int, n: int, names: np.ndarray, sizes: np.ndarray) -> None:
         k, r = self.n_classes, len(names)
-        if k < 1 or self.cv < 2:
-            raise InputError(f"need n_classes >= 1 and cv >= 2, got {k} and {self.cv}")
+        if k < 1 or self.cv < 2 or self.n_init < 1:
+            raise InputError(f"need n_classes >= 1, n_init >= 1 and cv >= 2, got {k}, {self.n_init} and {self.cv}")
         if r == 1:
             raise NotIdentifiableError(
-                f"all rows are of one domain, {names[0]!r}; classes show in what differs between domains"
+                f"all rows are of one domain, {names[0]!s}; classes show in what differs between domains"
             )
         if r < k:
             raise NotIdentifiableError(

@@ -11,6 +11,7 @@ from theodolite.core.errors import InputError
 from theodolite.data.latent_label_shift.posterior import nonnegative_least_squares
 from theodolite.data.latent_label_shift.shares import NotIdentifiableError, check_shares
 
+METHODS = ("nmf", "anchor")
 _ITERATIONS = 3000
 _SWEEPS = 2
 _CHECK_EVERY = 20
@@ -62,7 +63,7 @@ def factorize_shares(
     """
     Q = check_shares(Q, "Q")
     m, r = Q.shape
-    if method not in ("nmf", "anchor"):
+    if method not in METHODS:
         raise InputError(f'method must be "nmf" or "anchor", got {method!r}')
     if n_init < 1:
         raise InputError(f"n_init must be at least 1, got {n_init}")

@@ -10,6 +10,7 @@ from theodolite.core.errors import DataError, InputError
 from theodolite.core.memory import chunks
 from theodolite.data.latent_label_shift.shares import check_shares
 
+SOLVERS = ("nnls", "pinv")
 _ROUNDS = 100
 _FULL_EXCHANGES = 3
 _BUDGET = 1 << 27
@@ -39,7 +40,7 @@ def class_posterior(
         raise InputError(f"p_domain must have {shares.shape[1]} columns, one a domain, got shape {q.shape}")
     if not np.isfinite(q).all() or (q < 0).any():
         raise DataError("p_domain must hold finite probabilities of at least 0")
-    if solver not in ("nnls", "pinv"):
+    if solver not in SOLVERS:
         raise InputError(f'solver must be "nnls" or "pinv", got {solver!r}')
     joint = shares * weights
     prior = joint.sum(axis=1)

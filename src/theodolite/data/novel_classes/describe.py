@@ -131,7 +131,9 @@ def _largest_branch(
             low[column], node = max(cut, low.get(column, -np.inf)), int(grown.children_right[node])
     words = []
     for column in sorted(low.keys() | high.keys()):
-        if column in low and column in high:
+        if "=" in names[column] and np.isin(x[:, column], (0, 1)).all():  # whether a row is of a category
+            words.append(names[column] if column in low else f"not {names[column]}")
+        elif column in low and column in high:
             words.append(f"{low[column]:.4g} < {names[column]} <= {high[column]:.4g}")
         elif column in low:
             words.append(f"{names[column]} > {low[column]:.4g}")

@@ -140,11 +140,17 @@ def draw_centroids(
 
 
 def nearest(points: Float[np.ndarray, "row column"], centres: Float[np.ndarray, "centre column"]) -> np.ndarray:
-    """Index of the nearest centre of each point (n,), by one matrix product a chunk."""
+    """Index of the nearest centre of each point (n,), by one matrix product a chunk.
+
+    ||x - c||^2 / 2 = ||x - m||^2 / 2 + ||d||^2 / 2 + m d - x d, with d = c - m and m the mean of the centres: without m, columns
+    far from zero (times, years) would lose their distances to rounding.
+    """
     out = np.empty(len(points), dtype=np.int64)
-    half = 0.5 * (centres**2).sum(axis=1)
+    middle = centres.mean(axis=0)
+    apart = centres - middle
+    half = 0.5 * (apart**2).sum(axis=1) + apart @ middle
     for part in chunks(len(points), 8.0 * len(centres), 1 << 22):
-        product = points[part] @ centres.T
+        product = points[part] @ apart.T
         np.subtract(half, product, out=product)  # a second table of this size would cost more than the product
         out[part] = product.argmin(axis=1)
     return out

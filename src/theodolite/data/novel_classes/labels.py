@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from theodolite.core.errors import DataError, InputError
 
 UNLABELLED = -1
+_LARGEST = 1e150  # squares of larger values overflow
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,9 @@ def check_rows(X: Any) -> tuple[Float[np.ndarray, "row column"], tuple[str, ...]
     broken = [name for i, name in enumerate(names) if not np.isfinite(x[:, i]).all()]
     if broken:
         raise DataError(f"NaN or infinite values in {_shown(broken)}; fill them in or leave these rows out")
+    large = [name for i, name in enumerate(names) if np.abs(x[:, i]).max() > _LARGEST]
+    if large:
+        raise DataError(f"values above {_LARGEST:g} in {_shown(large)}, whose squares overflow; divide these columns")
     return x, names
 
 
@@ -84,8 +88,10 @@ def labelled(X: Any, y: Any, *, novel: bool = True) -> Labelled:
         missing |= np.array([label is None for label in given])
     if missing.any():
         raise DataError(f"{int(missing.sum())} labels are missing (NaN or None); mark unlabelled rows by -1")
-    if given.dtype.kind == "f" and (given != np.round(given)).any():
-        raise DataError("labels are classes, but some are fractions; is this the target of a regression?")
+    if given.dtype.kind == "O":
+        given = _plain(given.tolist())
+    if given.dtype.kind == "f" and (~np.isfinite(given) | (given != np.round(given))).any():
+        raise DataError("labels are classes, but some are fractions or infinite; is this the target of a regression?")
     if given.dtype.kind in "fiu":
         given = given.astype(np.int64)
         unlabelled = given == UNLABELLED
@@ -103,6 +109,17 @@ def labelled(X: Any, y: Any, *, novel: bool = True) -> Labelled:
     numbers = np.full(len(x), UNLABELLED, dtype=np.int64)
     numbers[~unlabelled] = index
     return Labelled(x, numbers, classes, columns)
+
+
+def _plain(labels: list[Any]) -> np.ndarray:
+    """Labels of mixed types as whole numbers where all are, and as texts otherwise; 2.0 is 2, so -1.0 marks a row as -1 does."""
+    values = [
+        int(label)
+        if isinstance(label, np.integer) or (isinstance(label, (float, np.floating)) and float(label).is_integer())
+        else label
+        for label in labels
+    ]
+    return np.array(values) if all(type(value) is int for value in values) else np.array(list(map(str, values)))
 
 
 def check_count(n_novel: int | str, rows: int) -> int | None:

@@ -2,6 +2,7 @@
 
 __all__ = ["PBN"]
 
+import math
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from theodolite.data.novel_classes.spectral import NCDSpectralClustering
 _CLUSTERERS = ("kmeans", "ncd_kmeans", "spectral", "ncd_spectral")
 _SMALL = 1 << 20  # numbers in a batch's widest layer below which one thread is soonest
 _SPREAD = 1e-5
+_EPOCHS, _STEPS = 200, 1600
 
 
 class PBN(BaseEstimator):
@@ -38,8 +40,10 @@ class PBN(BaseEstimator):
 
     latent_dim: columns of z, None for 3/4 of those of X. w, lr, dropout: the other three hyperparameters; `tune_hidden`
     finds all four. hidden: widths of the hidden layers, None for 3/4 and 2/4 of the columns (at least 2; give wider
-    ones for a table of few columns, where so few units lose too much). norm: "l2" or
-    "none". clusterer: "kmeans", "ncd_kmeans", "spectral" or "ncd_spectral" (k-means or spectral clustering, the latter two
+    ones for a table of few columns, where so few units lose too much). epochs: None for the published 200, or for as many more
+    as make 1,600 steps of batch_size rows, which is what 200 make of the smallest published table; tables of some hundred rows
+    would otherwise stop long before they have learnt anything. norm: "l2" or "none".
+    clusterer: "kmeans", "ncd_kmeans", "spectral" or "ncd_spectral" (k-means or spectral clustering, the latter two
     with the known rows). n_novel: clusters, or "auto" for the best silhouette among 2..30 on the normalised codes.
     cluster_normalized: cluster the normalised codes instead of z before normalisation (the published code does the latter).
     device: "auto" for an accelerator where there is one.
@@ -70,7 +74,7 @@ class PBN(BaseEstimator):
         lr: float = 1e-3,
         dropout: float = 0.1,
         hidden: tuple[int, ...] | None = None,
-        epochs: int = 200,
+        epochs: int | None = None,
         batch_size: int = 512,
         norm: str = "l2",
         clusterer: str = "kmeans",
@@ -157,7 +161,7 @@ class PBN(BaseEstimator):
             raise InputError(f"latent_dim must be a whole number of at least 1, got {latent}")
         if not 0 <= self.dropout < 1 or not self.lr > 0:
             raise InputError(f"need 0 <= dropout < 1 and lr > 0, got {self.dropout} and {self.lr}")
-        if self.epochs < 1 or self.batch_size < 2:
+        if (self.epochs is not None and self.epochs < 1) or self.batch_size < 2:
             raise InputError(
                 f"need epochs >= 1 and batch_size >= 2 (BatchNorm), got {self.epochs} and {self.batch_size}"
             )
@@ -171,7 +175,7 @@ class PBN(BaseEstimator):
     def _fit_network(self, data: Labelled) -> None:
         if not len(data.classes):
             raise DataError("no row has a known class, so there is nothing to learn from; cluster with k-means instead")
-        moves = data.x.max(axis=0) > data.x.min(axis=0)
+        moves = (data.x.max(axis=0) > data.x.min(axis=0)) & (data.x.std(axis=0) > 0)
         if not moves.any():
             raise DataError(f"all columns are constant ({', '.join(data.columns[:8])}), so rows cannot be told apart")
         latent = self._check_options(int(moves.sum()))
@@ -185,6 +189,7 @@ class PBN(BaseEstimator):
         if device == "auto":
             found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             device = "cpu" if found is None else str(found)
+        epochs = self.epochs or max(_EPOCHS, math.ceil(_STEPS / math.ceil(len(data.x) / self.batch_size)))
         small = self.batch_size * max(columns, latent, *hidden) < _SMALL
         with torch.random.fork_rng(devices=[]), one_thread(small):
             torch.manual_seed(self.seed)
@@ -194,7 +199,7 @@ class PBN(BaseEstimator):
             x = self._standardised(data.x).to(device)
             self.history_ = train_projection(
                 network, x, torch.as_tensor(data.y).to(device),
-                w=self.w, lr=self.lr, epochs=self.epochs, batch_size=self.batch_size, seed=self.seed,
+                w=self.w, lr=self.lr, epochs=epochs, batch_size=self.batch_size, seed=self.seed,
             )  # fmt: skip
         self.network_ = network
         self._check_health(data)

@@ -108,6 +108,9 @@ class TransportScaling(BaseEstimator):
             raise InputError(f"n_repeats must be at least 1, got {self.n_repeats}")
         if self.form not in ("auto", "forest"):
             n_coefficients(self.form, 2)  # raises for a form that is not known
+        scoring = "r2" if self.scoring == "accuracy" and regresses(self.estimator) else self.scoring
+        if self.response == "log_error" and scoring.startswith("neg_"):
+            raise InputError(f"scoring {scoring!r} is not an accuracy; use response='score'")
         pool = self._pool(sources, np.asarray(X_val), np.asarray(y_val))
         self.sources_ = tuple(sources)
         m, rows = len(sources), np.bincount(pool.source)
@@ -128,7 +131,6 @@ class TransportScaling(BaseEstimator):
             count * sum(exact_seconds(pool.cost, n) for n in (n_0, n_1)),
             f"{2 * count} exact transports of {n_0:,} and {n_1:,} rows, besides the trainings,",
         )
-        scoring = "r2" if self.scoring == "accuracy" and regresses(self.estimator) else self.scoring
         one, two = (
             make_table(pool, self.estimator, scoring, mixes, n, self.n_repeats, seed=seed, executor=self.executor)
             for n, seed in zip((n_0, n_1), seeds_for(self.seed, 2), strict=True)
@@ -141,8 +143,6 @@ class TransportScaling(BaseEstimator):
             )
         if self.response == "log_error" and max(one.score_runs.max(), two.score_runs.max()) > 1:
             raise InputError("scores above 1 need response='score'")
-        if self.response == "log_error" and scoring.startswith("neg_"):
-            raise InputError(f"scoring {scoring!r} is not an accuracy; use response='score'")
         self.form_ = self._choose()
         self.laws_ = self._fit_laws(one.score, one.transport, two.score, two.transport)
         # an error below half of the least one seen is the law running out of its range
@@ -153,8 +153,7 @@ class TransportScaling(BaseEstimator):
         """Score at mix p (m,), a number, or mixes (G, m), an array (G,), after training on ``size`` rows."""
         mixes = self._mixes(p)
         self._check_size(size)
-        first, second = self._distances(mixes)
-        scores = self._at(self.laws_, mixes, first, second, size)
+        scores = self._predict(mixes, size)
         return float(scores[0]) if np.ndim(p) == 1 else scores
 
     def predict_interval(self, p: Any, size: int) -> tuple[float, float]:
@@ -187,8 +186,9 @@ class TransportScaling(BaseEstimator):
     def select(self, size: int, budget: float | None = None) -> MixSelection:
         """The mix with the best predicted score at ``size`` rows, within a budget of sum_i cost_i size p_i; trains no model.
 
-        Mirror ascent along the exact gradient of both sizes, on a fixed sample of the pool a restart, from the middle and
-        near every vertex; the restarts' best mixes are compared by `predict`. Sources deliver at most their total.
+        Mirror ascent along the exact gradient of both sizes, on a fixed sample of the pool a restart, from the middle, near
+        every vertex and from the table's best mix by the law. What the restarts find is compared by `predict` with the plain
+        mixes, so that none of those that may be bought is predicted to do better. Sources deliver at most their total.
         """
         if not hasattr(self, "laws_"):
             raise InputError("fit before selecting a mix")
@@ -212,16 +212,21 @@ class TransportScaling(BaseEstimator):
 
         rng = np.random.default_rng(self.seed)
         uniform = np.full(m, 1 / m)
-        starts = [uniform, *(0.9 * np.eye(m) + 0.1 * uniform)]
+        one, two = self.tables_
+        measured = self._at(self.laws_, two.p, one.transport, two.transport, size)
+        starts = [uniform, *(0.9 * np.eye(m) + 0.1 * uniform), two.p[int(measured.argmax())]]
         starts += [rng.dirichlet(np.ones(m)) for _ in range(_RESTARTS - len(starts))]
         found = [climb(self._objective(size, rng), start, allowed) for start in starts]
-        scores = self.predict(np.stack([p for p, _ in found]), size)
-        best = int(scores.argmax())
-        table = self.tables_[1]
-        plain = baseline_mixes(lambda q: self.predict(q, size), table.p, table.transport, table.score, self.seed)
-        predicted = self.predict(np.stack(list(plain.values())), size)
+        scores = self._predict(np.stack([p for p, _ in found]), size).tolist()
+        plain = baseline_mixes(lambda q: self._predict(q, size), two.p, two.transport, two.score, self.seed)
+        predicted = self._predict(np.stack(list(plain.values())), size)
         baselines = {name: Baseline(p, float(s)) for (name, p), s in zip(plain.items(), predicted, strict=True)}
-        return MixSelection(found[best][0], float(scores[best]), baselines, found[best][1])
+        for plain_mix in baselines.values():
+            if np.abs(allowed(plain_mix.p) - plain_mix.p).max() < 1e-9:
+                found.append((plain_mix.p, plain_mix.p[None]))
+                scores.append(plain_mix.predicted_score)
+        best = int(np.argmax(scores))
+        return MixSelection(found[best][0], scores[best], baselines, found[best][1])
 
     # ---- inside
 
@@ -338,6 +343,9 @@ class TransportScaling(BaseEstimator):
         if not hasattr(self, "laws_"):
             raise InputError("fit before predicting")
         return as_mixes(p, len(self.sources_))
+
+    def _predict(self, mixes: np.ndarray, size: int) -> np.ndarray:
+        return self._at(self.laws_, mixes, *self._distances(mixes), size)
 
     def _check_size(self, size: int) -> None:
         if not size >= 1:

@@ -91,7 +91,10 @@ def train_and_score(
     else:
         one_class = not regresses(estimator) and len(np.unique(y)) == 1
         model: Any = DummyClassifier() if one_class else clone(estimator)
-        score = float(get_scorer(scoring)(model.fit(X, y), X_val, y_val))
+        try:
+            score = float(get_scorer(scoring)(model.fit(X, y), X_val, y_val))
+        except ValueError as error:
+            raise InputError(f"training on {len(X)} rows or scoring with {scoring!r} failed: {error}") from error
     if not np.isfinite(score):
         raise InputError(f"training on {len(X)} rows gave the score {score}; scores must be finite")
     return score

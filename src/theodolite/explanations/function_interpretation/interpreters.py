@@ -25,7 +25,8 @@ _SHOWN = 60  # examples that a prompt begins with
 _MEANINGS = {
     "DESCRIPTION": "what the function does, in one or two sentences",
     "DOMAIN": "where it behaves differently from the rest, as an interval (a, b), or none",
-    "CODE": "a Python function of one argument with the same outputs; it may import math, numpy, scipy, re, string",
+    "CODE": "a Python function of one argument with the same outputs; it may import math, numpy, scipy, re and string (by name, "
+    "no *) and define functions, no classes",
 }
 _INPUTS = {"numeric": "numbers between {low:g} and {high:g}", "string": "texts", "neuron": "words or short texts"}
 
@@ -44,7 +45,7 @@ class PolynomialInterpreter:
     def interpret(self, blackbox: BlackBox, *, mode: Mode = "agent", rounds: int = 20) -> Interpretation:
         """Ask for 256 equally spaced points, or as many as the budget has; in "single_round" the examples are all."""
         low, high = blackbox.bounds
-        wanted = blackbox.examples if mode == "single_round" else np.linspace(low, high, 256)
+        wanted = blackbox.examples if mode == "single_round" else np.linspace(low, high, min(256, blackbox.left))
         pairs = np.array(blackbox.query(wanted[: blackbox.left])).reshape(-1, 2)
         asked = tuple(pairs[:, 0].tolist())
         kept = pairs[np.isfinite(pairs[:, 1])]

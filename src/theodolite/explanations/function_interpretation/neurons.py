@@ -141,6 +141,8 @@ def make_neurons(concepts: Sequence[Any], backend: Any = "embedding") -> list[En
     )  # fmt: skip
     if not hasattr(made_backend, "relatedness"):
         raise InputError(f'a backend is "embedding", a language model or has relatedness(), got {backend!r}')
+    if isinstance(concepts, str):
+        raise InputError(f"concepts is a list of them, got one text, {concepts!r}")
     made: list[EntityNeuron | RelationNeuron] = []
     for one in concepts:
         if isinstance(one, Relation):
@@ -148,7 +150,7 @@ def make_neurons(concepts: Sequence[Any], backend: Any = "embedding") -> list[En
                 raise InputError("a relation needs a language model as its backend; embeddings cannot name a partner")
             made.append(RelationNeuron(one, made_backend))
             continue
-        names = (one,) if isinstance(one, str) else tuple(one)
+        names = (one,) if isinstance(one, str) else tuple(one) if isinstance(one, tuple | list) else ()
         if not 1 <= len(names) <= 2 or not all(isinstance(name, str) and name.strip() for name in names):
             raise InputError(f"a concept is a text, a pair of texts or a Relation, got {one!r}")
         made.append(EntityNeuron(names, made_backend))

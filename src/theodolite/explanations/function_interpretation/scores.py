@@ -4,6 +4,9 @@
     r2_nmse = sum (g - g')^2 / sum (g - mean g)^2          a constant passes only where the truth is one
     local_nmse = sum_in (g - g')^2 / sum_in (g - f)^2      inside a corrupted interval; the clean formula f scores 1
 
+A corrupted interval is at the function's mean, so that a constant at the mean has a small local_nmse too (below .1 on half of the
+published intervals that can be detected in simple functions): read it together with r2_nmse and domain_iou.
+
 g is the truth on average over its noise, g' what the code gives; points where g is NaN or infinite do not count, a NaN of
 the code elsewhere is a failure.
 """

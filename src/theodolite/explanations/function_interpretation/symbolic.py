@@ -83,8 +83,10 @@ class SymbolicInterpreter:
         )  # fmt: skip
         domain = "none" if interval is None else f"({interval[0]:.10g}, {interval[1]:.10g})"
         if (middle, unit) != (0.0, 1.0):
-            best = replace(best, words=f"{best.words}, with {low:.10g} to {high:.10g} taken as x from -128 to 128")
-        words = best.words if interval is None else f"{best.words}, but about {best.level:.4g} on {domain}"
+            best = replace(best, words=f"{best.words}, with {low:.6g} to {high:.6g} taken as x from -128 to 128")
+        words = best.words
+        if interval is not None:
+            words += f", but about {best.level:.4g} on ({interval[0]:.6g}, {interval[1]:.6g})"
         return Interpretation(
             words, domain, _program(best, middle, unit), rounds=1, queries=len(asked), asked=asked,
         )  # fmt: skip

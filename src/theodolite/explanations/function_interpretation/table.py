@@ -154,7 +154,7 @@ def benchmark(
     return BenchmarkTable(tuple(rows))
 
 
-def _interpreted(fn: Any, runner: Interpreter, budget: int, mode: str, rounds: int) -> Interpretation | None:
+def _interpreted(fn: Any, runner: Interpreter, budget: int, mode: str, rounds: int) -> Any:
     """None where an interpreter of numbers meets a function that is none."""
     if getattr(runner, "numeric_only", False) and _modality(fn) != "numeric":
         return None

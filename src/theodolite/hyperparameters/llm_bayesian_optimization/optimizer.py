@@ -77,6 +77,8 @@ class LLAMBO(Optimizer):
         keep_prompts: bool = False,
         seed: int = 0,
     ) -> None:
+        if not isinstance(space, SearchSpace):
+            raise InputError(f"space is a SearchSpace, got {type(space).__name__}")
         super().__init__(space, lower_is_better=context.lower_is_better, seed=seed)
         if surrogate not in ("discriminative", "generative"):
             raise InputError(f"surrogate is discriminative or generative; got {surrogate!r}")

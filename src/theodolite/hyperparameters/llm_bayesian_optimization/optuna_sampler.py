@@ -33,6 +33,8 @@ def make_sampler(search: "LLAMBO") -> Any:
             return dict(known)
 
         def sample_relative(self, study: Any, trial: Any, search_space: dict[str, Any]) -> dict[str, Any]:
+            if len(study.directions) != 1:
+                raise InputError("the sampler works on one objective; the study has several")
             if (study.direction == optuna.study.StudyDirection.MINIMIZE) != search.lower_is_better:
                 raise InputError("the study's direction is not that of the task's context (lower_is_better)")
             done = [
@@ -40,6 +42,12 @@ def make_sampler(search: "LLAMBO") -> Any:
                 for one in study.get_trials(deepcopy=False)
                 if one.state.is_finished() and set(space) <= set(one.params)
             ]
+            complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+            if complete and not done:
+                missing = ", ".join(sorted(set(space) - set(complete[-1].params)))
+                raise InputError(
+                    f"the objective does not suggest {missing}; it has to suggest all parameters of the space"
+                )
             return search.after(done)
 
         def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:

@@ -10,8 +10,9 @@ import numpy as np
 
 from theodolite.core.errors import DataError, InputError
 from theodolite.hyperparameters.llm_bayesian_optimization.asking import Asker, seed_of
-from theodolite.hyperparameters.llm_bayesian_optimization.wording import FENCE, read_answer
+from theodolite.hyperparameters.llm_bayesian_optimization.wording import FENCE, decimals, read_answer
 from theodolite.hyperparameters.space import Config, Trial
+from theodolite.language.local import LocalModel
 
 _STEPS = (0.1, 0.01, 0.001, -0.001, -0.01, -0.1)
 _HIGH, _LOW = 1e-4, 1e-5  # nearer than this to what a metric can be at best, no score is wanted
@@ -67,8 +68,8 @@ class CandidateSampler(Asker):
         self.n_candidates, self.temperature, self.top_p = n_candidates, temperature, top_p
 
     def prompts(self, observed: Sequence[Trial], target: float) -> list[str]:
-        """The prompt of each template."""
-        wording = self.wording
+        """The prompt of each template, equal ones once: few trials have few orders, and equal prompts have equal answers."""
+        wording, digits = self.wording, decimals(observed)
 
         def prompt(trials: Sequence[Trial]) -> str:
             hint = (
@@ -77,22 +78,28 @@ class CandidateSampler(Asker):
                 else " Do not recommend the ends of the ranges, nor rounded values: use all the digits that help."
             )
             examples = "".join(
-                f"Score: {trial.score:.6f}\nConfiguration: {FENCE} {wording.pairs(trial.config)} {FENCE}\n\n"
+                f"Score: {trial.score:.{digits}f}\nConfiguration: {FENCE} {wording.pairs(trial.config)} {FENCE}\n\n"
                 for trial in trials
             )
             return (
                 f"Below are scores of {wording.subject()}, measured as {wording.metric} ({wording.direction}), with the "
                 f"configurations that gave them. The allowed ranges:\n{wording.ranges()}\nRecommend a configuration that reaches "
                 f"the last score.{hint} Answer with the configuration alone, between {FENCE} and {FENCE}.\n\n{examples}"
-                f"Score: {target:.6f}\nConfiguration: {FENCE}"
+                f"Score: {target:.{digits}f}\nConfiguration: {FENCE}"
             )
 
         told = self._fitting(observed, prompt, self._answer_tokens(observed))
-        return [prompt(wording.shuffled(told, template)) for template in range(self.n_templates)]
+        made = [prompt(wording.shuffled(told, template)) for template in range(self.n_templates)]
+        return list(dict.fromkeys(made))
 
     def _answer_tokens(self, observed: Sequence[Trial]) -> int:
-        """No answer has more tokens than characters; a chat model may put words before it."""
-        return min(_MOST_TOKENS, 100 + max(len(self.wording.pairs(trial.config)) for trial in observed))
+        """For an answer as long as the longest of the observed, with some digits more of each value; a chat model may put words
+        before it, and its tokens are not known here but are no more than characters.
+        """
+        longest = max((self.wording.pairs(trial.config) for trial in observed), key=len)
+        if isinstance(self.llm, LocalModel):
+            return min(_MOST_TOKENS, self._tokens(longest) + 4 * (1 + len(self.space)))
+        return min(_MOST_TOKENS, 100 + len(longest))
 
     def propose(self, observed: Sequence[Trial | tuple[Config, float]], target: float) -> list[Config]:
         """New configurations inside the space that should reach ``target``, given the observed ones with their scores.
@@ -115,7 +122,7 @@ class CandidateSampler(Asker):
         enough = min(_ENOUGH, self.n_candidates)
         for attempt in range(_ROUNDS):
             made = self.llm.generate_many(
-                prompts, -(-self.n_candidates // self.n_templates), temperature=self.temperature, top_p=self.top_p,
+                prompts, -(-self.n_candidates // len(prompts)), temperature=self.temperature, top_p=self.top_p,
                 max_tokens=self._answer_tokens(trials), stop=[f"{FENCE}\n"], seed=seed_of(self.seed, len(observed), attempt),
             )  # fmt: skip
             for answer in (answer for answers in made for answer in answers):

@@ -12,7 +12,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
-from theodolite.core.errors import InputError
+from theodolite.core.errors import DataError, InputError
 from theodolite.hyperparameters.llm_bayesian_optimization.context import TaskContext
 from theodolite.hyperparameters.llm_bayesian_optimization.optimizer import LLAMBO
 from theodolite.hyperparameters.space import Float, Int, SearchSpace
@@ -78,14 +78,21 @@ class LLAMBOSearchCV(MetaEstimatorMixin, BaseEstimator):
         """Search on the rows X (n, features) and y (n,)."""
         if self.llm is None:
             raise InputError("give a language model: LLAMBOSearchCV(..., llm=theodolite.language.connect(...))")
+        if not isinstance(self.space, SearchSpace):
+            raise InputError(
+                f"space is a SearchSpace, got {type(self.space).__name__}: LLAMBOSearchCV(..., SearchSpace(...))"
+            )
         unknown = sorted(set(self.space) - set(self.estimator.get_params()))
         if unknown:
             raise InputError(f"{type(self.estimator).__name__} has no parameters {', '.join(unknown)}")
+        if self.scoring is not None and not isinstance(self.scoring, str):
+            raise InputError(f"scoring is the name of a metric, which the language model is told; got {self.scoring!r}")
         scoring = self.scoring or ("accuracy" if is_classifier(self.estimator) else "r2")
         context = TaskContext.from_data(self.estimator, X, y, scoring)
         search = LLAMBO(self.space, context, self.llm, seed=self.seed, **(self.options or {}))
 
         strict: Any = {"error_score": "raise"}
+        refused: list[ValueError] = []
 
         def objective(config: dict[str, Any]) -> float:
             made: Any = clone(self.estimator)
@@ -93,10 +100,13 @@ class LLAMBOSearchCV(MetaEstimatorMixin, BaseEstimator):
                 return float(
                     np.mean(cross_val_score(made.set_params(**config), X, y, cv=self.cv, scoring=scoring, **strict))
                 )
-            except ValueError:  # parameters that do not go together; told as a failed trial in the result
+            except ValueError as error:  # parameters that do not go together; told as a failed trial in the result
+                refused.append(error)
                 return math.nan
 
         self.result_ = search.optimize(objective, self.n_trials)
+        if refused and np.isnan(self.result_.scores).all():
+            raise DataError(f"every evaluation failed; the last one: {str(refused[-1])[:300]}") from refused[-1]
         self.best_params_, self.best_score_ = self.result_.best.config, self.result_.best.score
         best: Any = clone(self.estimator)
         self.best_estimator_ = best.set_params(**self.best_params_).fit(X, y)

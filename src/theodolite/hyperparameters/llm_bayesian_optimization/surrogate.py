@@ -22,13 +22,14 @@ from scipy import stats
 
 from theodolite.core.errors import DataError, InputError
 from theodolite.hyperparameters.llm_bayesian_optimization.asking import Asker, seed_of
-from theodolite.hyperparameters.llm_bayesian_optimization.wording import FENCE, read_answer, read_score
+from theodolite.hyperparameters.llm_bayesian_optimization.wording import FENCE, decimals, read_answer, read_score
 from theodolite.hyperparameters.space import Trial
 from theodolite.language.local import LocalModel
 from theodolite.language.model import ScoringUnavailable
 
 Values = Float[np.ndarray, " config"]
 _FLOOR = 1e-5  # of a standard deviation
+_SURE = 1e3  # deviations, beyond which a normal distribution has nothing
 _FEWEST = 3  # answers of each template
 _ANSWER = 12  # tokens: a score of six decimals and its fence, for tokenizers that split it into digits
 _DIGITS = tuple(f" {digit}" for digit in range(10))
@@ -46,7 +47,8 @@ def expected_improvement(mean: Any, sd: Any, best: float, lower_is_better: bool 
     spread = np.broadcast_to(np.asarray(sd, dtype=np.float64), gain.shape)
     if (spread < 0).any():
         raise InputError("a standard deviation is not negative")
-    z = gain / np.where(spread > 0, spread, 1.0)
+    with np.errstate(over="ignore"):
+        z = np.clip(gain / np.where(spread > 0, spread, 1.0), -_SURE, _SURE)
     return np.where(spread > 0, gain * stats.norm.cdf(z) + spread * stats.norm.pdf(z), np.maximum(gain, 0.0))
 
 
@@ -172,11 +174,14 @@ class DiscriminativeSurrogate(_Surrogate):
         )
 
     def _by_samples(self, configs: list[dict[str, Any]]) -> tuple[Values, Values]:
-        templates = self._prompts(configs, self._head(""), "Score", lambda trial: f"{trial.score:.6f}")
-        each = max(_FEWEST, -(-self.n_samples // self.n_templates))
+        digits = decimals(self._trials)
+        templates = self._prompts(configs, self._head(""), "Score", lambda trial: f"{trial.score:.{digits}f}")
+        # few trials have few orders: equal prompts would have equal answers
+        templates = [list(prompts) for prompts in dict.fromkeys(map(tuple, templates))]
+        each = max(_FEWEST, -(-self.n_samples // len(templates)))
         made = self.llm.generate_many(
             [prompt for prompts in templates for prompt in prompts], each, temperature=self.temperature, top_p=self.top_p,
-            max_tokens=_ANSWER, stop=["\n\n"], seed=seed_of(self.seed, len(self._trials), 7),
+            max_tokens=_ANSWER + digits - 6, stop=["\n\n"], seed=seed_of(self.seed, len(self._trials), 7),
         )  # fmt: skip
         read = [
             [read_answer(one.text, read_score, whole=one.finish != "length") for one in answers] for answers in made

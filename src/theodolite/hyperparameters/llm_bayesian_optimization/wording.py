@@ -4,7 +4,7 @@ Answers are fenced in ## ... ##. A text model goes on after the opening fence th
 one of its own. What stands outside fences is not read: a reply may repeat the prompt's numbers.
 """
 
-__all__ = ["FENCE", "Wording", "read_answer", "read_score"]
+__all__ = ["FENCE", "Wording", "decimals", "read_answer", "read_score"]
 
 import ast
 import json
@@ -173,6 +173,13 @@ class Wording:
         rng = np.random.default_rng(template)
         order = rng.integers(0, len(trials), len(trials)) if bootstrap else rng.permutation(len(trials))
         return [trials[i] for i in order]
+
+
+def decimals(trials: Sequence[Trial]) -> int:
+    """How many decimals scores are written with: six, or as many as tell the worst from the best in three digits."""
+    scores = [trial.score for trial in trials]
+    spread = max(scores) - min(scores)
+    return 6 if spread == 0 else min(15, max(6, 3 - math.floor(math.log10(spread))))
 
 
 def _dictionary(piece: str) -> dict[str, Any]:

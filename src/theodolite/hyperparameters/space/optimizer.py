@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 from jaxtyping import Float as Floats
@@ -130,7 +130,10 @@ class Optimizer(ABC):
         began = time.perf_counter()
         while len(self.trials) < self._initial_count() + n_trials:
             config = self.ask()
-            self.tell(config, float(objective(dict(config))))
+            score = objective(dict(config))
+            if not isinstance(score, SupportsFloat):
+                raise InputError(f"the objective gives a score, NaN where the evaluation failed; got {score!r}")
+            self.tell(config, float(score))
             if path is not None:
                 state = self._state() | {"seconds": spent + time.perf_counter() - began}
                 write_json(path, state)

@@ -65,7 +65,7 @@ class VerbalizedRegressor(RegressorMixin, VerbalizedModel):
         self.max_calls, self.max_theta_chars, self.max_tokens, self.seed = max_calls, max_theta_chars, max_tokens, seed
 
     def predict(self, X: Any) -> np.ndarray:
-        """Numbers (n,), NaN with a warning where an answer cannot be read.
+        """Numbers (n,), NaN with a warning where an answer cannot be read; LearnerFormatError where more than half cannot.
 
         Not fitted, theta_0 answers, if task or prior is given.
         """
@@ -173,7 +173,7 @@ class VerbalizedClassifier(ClassifierMixin, VerbalizedModel):
         return super().fit(X, y)
 
     def predict(self, X: Any) -> np.ndarray:
-        """Classes (n,), None with a warning where an answer cannot be read.
+        """Classes (n,), None with a warning where an answer cannot be read; LearnerFormatError where more than half cannot.
 
         Not fitted, theta_0 answers with ``labels``, if those and task or prior are given.
         """

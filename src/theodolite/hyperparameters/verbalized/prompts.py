@@ -151,6 +151,8 @@ def _instead(cells: np.ndarray) -> str:
     """What is to be done about an X that is no rows."""
     if cells.ndim != 1:
         return "images cannot be read"
+    if len(cells) == 0:
+        return "it has no rows"
     texts = [isinstance(cell, str) for cell in cells.tolist()]
     if any(texts):
         return f"row {texts.index(False)} is no text"

@@ -36,8 +36,6 @@ def clustering_metrics(y_true: Any, labels: Any, *, n_clusters: int | None = Non
     found = len(np.unique(pred))
     asked = len(np.unique(true)) if n_clusters is None else n_clusters
     if found > asked:
-        raise InputError(
-            f"labels name {found} clusters, more than the {asked} {'classes' if n_clusters is None else 'asked for'}; give "
-            "n_clusters where that is meant"
-        )
+        what = "classes; give n_clusters where that is meant" if n_clusters is None else "asked for"
+        raise InputError(f"labels name {found} clusters, more than the {asked} {what}")
     return ClusteringMetrics(scores.nmi, scores.ari, scores.accuracy, found, match_labels(pred, true).permutation)

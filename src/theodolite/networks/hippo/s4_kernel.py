@@ -3,21 +3,23 @@
 __all__ = ["S4Kernel", "Stepper"]
 
 import math
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Complex, Float
 from scipy.fft import next_fast_len
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from theodolite.core.errors import InputError
 from theodolite.core.memory import chunks
 from theodolite.networks.hippo.matrices import check_measure, normal_plus_low_rank
 
 _TABLE = 64 << 20
-"""Bytes of the table of 1 / (z - Lambda) that exist at a time."""
+"""Bytes of the table of 1 / (z - Lambda) and its like up to which it is kept whole for the gradients."""
+_PART = 8 << 20
+"""Bytes of it that exist at a time where it is larger; more of them take longer, since they leave the processor's cache."""
 _BLOCK = 32
 
 
@@ -51,8 +53,8 @@ class S4Kernel(nn.Module):
     This is the paper's Cauchy sum with z = X / Y, multiplied through by Y so that w = -1 is no special case, and with nodes
     on a circle of radius rho = e^(-1/M): on the unit circle itself the eigenvalues of legt and fout, which are imaginary,
     are poles. All sums take both halves of the pairs together, (2 Re(v) X - 2 Re(v conj(Lambda)) Y) over a denominator with
-    real coefficients, at half of the nodes, in tables of at most 64 MB (computed again for the gradients where there are
-    several).
+    real coefficients, at half of the nodes, in one table of at most 64 MB or, where that is not enough, in parts of 8 MB that
+    are computed again for the gradients (which then have no gradients of their own).
 
     Parameters: log_dt (H,), real and imag of Lambda (H, N/2; a positive real part counts as 0), P (H, r, N/2, 2),
     B and C (H, N/2, 2) as pairs. C holds C~ for the M >= l_max nodes that the buffer ``nodes`` tells (0: plain C until the
@@ -140,16 +142,13 @@ class S4Kernel(nn.Module):
         weights = 2 * torch.cat([v.real, (v * Lambda.conj()[:, None]).real], dim=1)
         X, Y = (1 - w).to(kind) / self.dt[:, None], ((1 + w) / 2).to(kind)
         row_bytes = 4 * self.d_model * self.n_state // 2 * self.C.element_size() * 2
-        parts = list(chunks(len(w), row_bytes, _TABLE))
-        again = len(parts) > 1 and torch.is_grad_enabled()
-        found = [
-            checkpoint(_transfer, X[:, k], Y[k], Lambda, weights, use_reentrant=False)
-            if again
-            else _transfer(X[:, k], Y[k], Lambda, weights)
-            for k in parts
-        ]
+        if row_bytes * len(w) > _TABLE:
+            parts = list(chunks(len(w), row_bytes, _PART))
+            found: Tensor = _InParts.apply(X, Y, Lambda, weights, parts)  # pyright: ignore[reportAssignmentType]
+        else:
+            found = _transfer(X, Y, Lambda, weights)
         grow = torch.exp(torch.arange(length, device=self.C.device, dtype=self.C.dtype) / count)
-        return torch.fft.irfft(torch.cat(list(found), dim=1), n=count)[:, :length] * grow
+        return torch.fft.irfft(found, n=count)[:, :length] * grow
 
     def dense(self) -> tuple[Float[Tensor, "channel n n"], Float[Tensor, "channel n"], Float[Tensor, "channel n"]]:
         """Abar, Bbar and the plain C of each channel as real float64 matrices in the coordinates (Re x, Im x)."""
@@ -278,3 +277,30 @@ def _transfer(X: Tensor, Y: Tensor, Lambda: Tensor, weights: Tensor) -> Tensor:
             for j in range(p):
                 G[i, j] = G[i, j] - factor * G[p, j]
     return G[0, 0]
+
+
+class _InParts(torch.autograd.Function):
+    """`_transfer` for some nodes at a time, computed again for the gradients; a part leaves nothing in memory but its answer."""
+
+    @staticmethod
+    def forward(ctx: Any, X: Tensor, Y: Tensor, Lambda: Tensor, weights: Tensor, parts: list[slice]) -> Tensor:
+        ctx.save_for_backward(X, Y, Lambda, weights)
+        ctx.parts = parts
+        found = torch.empty_like(X)
+        for k in parts:
+            found[:, k] = _transfer(X[:, k], Y[k], Lambda, weights)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        X, Y, *shared = ctx.saved_tensors
+        by_X, by_shared = torch.empty_like(X), [torch.zeros_like(one) for one in shared]
+        for k in ctx.parts:
+            given = [one.detach().requires_grad_() for one in (X[:, k], *shared)]
+            with torch.enable_grad():
+                found = _transfer(given[0], Y[k], given[1], given[2])
+            by_X[:, k], *more = torch.autograd.grad(found, given, grad[:, k])
+            for total, one in zip(by_shared, more, strict=True):
+                total += one
+        return by_X, None, *by_shared, None

@@ -78,7 +78,8 @@ def memory_scan(
 
     n_state: states a channel; 32, or a quarter of the window where that is less, where left out. memory_steps: from 4 steps
     to twice the window by factors of sqrt 2 where left out. The first 8 channels and 3,000 rows of each part are read.
-    Raises DataError for data that are not series, are constant, or have windows of fewer than 16 steps; InputError for an
+    Raises DataError for data that are not series, are constant or have a constant target in the training or the test rows, or
+    have windows of fewer than 16 steps; InputError for an
     unknown measure, an odd n_state with fout, or memory_steps that are not positive.
     """
     if data.modality != "series" or data.train.x.ndim != 3:
@@ -97,6 +98,9 @@ def memory_scan(
     classes = len(data.classes)
     scale = _scale(data)
     parts = [_part(rows, scale, classes) for rows in (data.train, data.validation, data.test)]
+    for name, part in (("training", parts[0]), ("test", parts[2])):
+        if not np.ptp(part.y, axis=0).any():
+            raise DataError(f"{data.name}: the target is the same in all {name} rows, so no memory can be told to help")
     drawn = np.random.default_rng(seed)
     frequencies = -0.5 + 1j * np.exp(drawn.standard_normal(max(1, states // 2)))
 

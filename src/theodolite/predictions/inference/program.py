@@ -226,6 +226,9 @@ def resume(stack: Stack, value: Any) -> tuple[Program, Stack]:
 
 def not_a_program(value: Any) -> InputError:
     """The error for what a user's function gave in the place of a program."""
+    if callable(value):
+        name = getattr(value, "__name__", "model")
+        return InputError(f"expected a program, got the function {name} that makes one; call it: {name}(...)")
     return InputError(f"expected a program, got {value!r}; what follows a bind must give one, such as ret({value!r})")
 
 

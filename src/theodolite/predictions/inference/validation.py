@@ -10,9 +10,10 @@ import numpy as np
 from jaxtyping import Float
 
 from theodolite.core.errors import InputError
+from theodolite.core.memory import DEFAULT_BUDGET
 from theodolite.predictions.inference.bases import Base, Enumerator
 from theodolite.predictions.inference.models import SUITE, Example
-from theodolite.predictions.inference.program import Bind, Program, Ret
+from theodolite.predictions.inference.program import Bind, EnumerationError, Program, Ret
 from theodolite.predictions.inference.representations import Trace, Traced, mh_log_ratio
 
 
@@ -89,7 +90,8 @@ def mh_matrix(
     """All traces of a program on a grid of uniforms, their probabilities pi, and the matrix P of one Metropolis-Hastings step.
 
     Traces of weight zero are left out; no step leads there. The step is right where pi P = pi and pi_i P_ij = pi_j P_ji.
-    Probabilities of the program must be multiples of 1 / grid (`GridMismatch`). log_ratio: the acceptance rule to check.
+    Probabilities of the program must be multiples of 1 / grid (`GridMismatch`), and P must fit into 1 GiB, which 11,585 traces
+    fill (`EnumerationError`). log_ratio: the acceptance rule to check.
 
     >>> traces, pi, P = mh_matrix(SUITE[2].model, 10)
     >>> len(traces), bool(np.abs(pi @ P - pi).max() < 1e-12)
@@ -105,6 +107,11 @@ def mh_matrix(
     if not found.values:
         raise InputError("no trace has a positive weight, so there is no chain")
     traces = [uniforms for uniforms, _ in found.values]
+    if 8 * len(traces) ** 2 > DEFAULT_BUDGET:
+        raise EnumerationError(
+            f"the program has {len(traces):,} traces on a grid of {grid}, and the matrix of a step from each to each takes "
+            f"{8 * len(traces) ** 2 / 2**30:.1f} GiB; take a coarser grid or a program of fewer draws"
+        )
     place = {uniforms: i for i, uniforms in enumerate(traces)}
     pi = np.exp(found.log_weights - found.log_evidence)
     P = np.zeros((len(traces), len(traces)))

@@ -131,20 +131,23 @@ def latent_label_shift(subject: Subject, budget: Budget) -> Finding:
     truth = cluster_shares(train.y, train.domain, k)
     check = model.shift_test_
     explained = "explains" if check.p_value >= _LEVEL else "does not explain"
+    verdict = f"label shift {explained} the differences (p = {check.p_value:.2g})"
+    if k == len(kept):
+        explained, verdict = "cannot be tested", "label shift cannot be tested with as many classes as values"
     kind, domain = np.unravel_index(model.class_shares_.argmax(), model.class_shares_.shape)
     classes = [f"{c + 1} ({data.classes[mapped[c]] if c in mapped else 'no class'})" for c in range(k)]
     count = count_classes(model.cluster_shares_, model.domain_rows_, seed=budget.seed)
     return Finding(
         slug="latent-label-shift",
         headline=f"Without labels, the {len(kept)} values of {column.name!r} show {k} hidden classes that match "
-        f"{100 * comparison.estimate.value:.0f} % of the labels of new rows (k-means: {100 * plain_right.mean():.0f} %); label "
-        f"shift {explained} the differences (p = {check.p_value:.2g}).",
+        f"{100 * comparison.estimate.value:.0f} % of the labels of new rows (k-means: {100 * plain_right.mean():.0f} %); "
+        f"{verdict}.",
         numbers={
             "accuracy, k-means": comparison.controls[0].estimate,
             "L1 error of the class shares, mean over domains": mean_of_runs(
                 share_error(model.class_shares_, truth), unit="(0 to 2)", within=(0, 2)
             ),
-            "p-value of label shift": Estimate.exact(check.p_value),
+            **({} if k == len(kept) else {"p-value of label shift": Estimate.exact(check.p_value)}),
             "condition number of the class shares": Estimate.exact(model.condition_number_),
             "classes that stand out of sampling noise": Estimate.exact(count.rank, "singular values"),
         },
@@ -263,6 +266,11 @@ def _alike(model: LatentLabelShift, train: _Part, column: str, names: list[str],
 
 
 def _advice(comparison: Comparison, explained: str) -> str:
+    if explained == "cannot be tested":
+        return (
+            "Give more values of the domain than there are classes: with as many, each value can be taken for a class of its "
+            "own, and nothing in the data can speak against it."
+        )
     if explained != "explains":
         return (
             "The domains differ in more than their shares of the classes: look for a measurement that differs between them "

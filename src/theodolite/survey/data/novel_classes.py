@@ -179,8 +179,9 @@ def novel_class_discovery(subject: Subject, budget: Budget) -> Finding:
         ours,
         (Control("k-means on the input columns", theirs, "closed-form"), Control("all in one group", one, "null")),
     )
+    lost = theirs.low > ours.high
     verdict = "more than" if comparison.beats(comparison.controls[0]) else "not told apart from"
-    if theirs.low > ours.high:
+    if lost:
         verdict = "fewer than"
     told = f"{100 * ours.value:.0f} % of their unseen rows into the right group, {verdict} k-means' {100 * theirs.value:.0f} %"
     found, real = trial.counts["latent space"].k, _unlabelled(subject, made, made.w)
@@ -208,7 +209,8 @@ def novel_class_discovery(subject: Subject, budget: Budget) -> Finding:
         comparison=comparison,
         figure=_figure(trial, rows, classes, budget.seed) if real is None else _real_figure(real, budget.seed),
         reading=_reading(rows, k) if real is None else _real_reading(real),
-        advice=_advice(trial if real is None else real, real is not None),
+        advice=("Here k-means on the columns found hidden classes better; try it on the rows without a label. " if lost else "")
+        + _advice(trial if real is None else real, real is not None),
         seed=budget.seed,
         caveats=(
             (

@@ -145,6 +145,11 @@ def _advice(first: Estimate) -> str:
             "Select from your raw corpus with the texts you care about as the target before you continue training; read the "
             "n-grams that gain and lose, and keep random rows in the mix where the model must stay broad."
         )
+    if first.high < 0:
+        return (
+            "Do not select among these rows: the validation texts are of the same mix as the rows, the largest weights go to "
+            "few kinds of them, and random rows stand for it better. Selection pays where the target is a part of the raw corpus."
+        )
     return (
         "Among these rows the choice does not surely matter: they are nearly one kind of text. Selection pays where the raw "
         "corpus mixes kinds and only some look like what you want."

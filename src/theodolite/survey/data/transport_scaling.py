@@ -53,10 +53,16 @@ def make_sources(X: np.ndarray, y: np.ndarray, classes: int, seed: int) -> tuple
 def find_column(subject: Subject) -> tuple[str, dict[str, np.ndarray]] | None:
     """A column of 2 to 6 categories and, by category, which training rows have it; categories of few rows are left out.
 
-    A column whose name says that it is a source comes before the others, then the first.
+    The column of domains comes first, with its six largest ones, then one whose name says that it is a source, then any.
     """
     data = subject.data
     features = list(data.features)
+    if data.domains is not None and data.train.domain is not None:
+        of = data.train.domain.numpy()
+        largest = np.argsort(-np.bincount(of, minlength=len(data.domains.levels)), kind="stable")[:_MOST_SOURCES]
+        kept = {data.domains.levels[i]: of == i for i in sorted(largest) if (of == i).sum() >= _FEWEST_ROWS}
+        if len(kept) >= 2:
+            return data.domains.name, kept
     found: dict[str, dict[str, np.ndarray]] = {}
     for column in data.columns:
         names = column.features
@@ -72,15 +78,21 @@ def find_column(subject: Subject) -> tuple[str, dict[str, np.ndarray]] | None:
 
 
 def _sources(subject: Subject, seed: int) -> tuple[list[Source], str]:
-    X, y = subject.data.train.x.numpy(), subject.data.train.y.numpy()
+    """The sources, and a sentence about what they are."""
+    data = subject.data
+    X, y = data.train.x.numpy(), data.train.y.numpy()
     found = find_column(subject)
     if found is None:
-        return make_sources(X, y, len(subject.data.classes), seed)
+        sources, words = make_sources(X, y, len(data.classes), seed)
+        return sources, f"The sources are parts of one data set: {words}. Real sources differ in more than that."
     name, kept = found
-    (column,) = (column for column in subject.data.columns if column.name == name)
-    rare = [level for level in column.levels if level not in kept]
-    words = f"the values of {name!r}" + (f" but for {', '.join(rare)}, which few rows have" if rare else "")
-    return [Source(level, X[rows], y[rows]) for level, rows in kept.items()], words
+    columns = data.columns if data.domains is None else (data.domains, *data.columns)
+    column = next(column for column in columns if column.name == name)
+    few = [level for level in column.levels if level not in kept]
+    left = f" but for {', '.join(few[:_MOST_SOURCES])}, which have fewer rows" if few else ""
+    return [Source(level, X[rows], y[rows]) for level, rows in kept.items()], (
+        f"The sources are the values of {name!r}{left}; validation and test rows are drawn from the whole file."
+    )
 
 
 def _step(m: int) -> float:
@@ -158,6 +170,11 @@ def transport_scaling(subject: Subject, budget: Budget) -> Finding:
     )
     larger = _LARGER * size
     chosen = scaling.select(larger)
+
+    def predicted_at(p: np.ndarray) -> Estimate:
+        low, high = scaling.predict_interval(p, larger)
+        return Estimate(100 * scaling.predict(p, larger), 100 * low, 100 * high, "%")
+
     tracks = float(np.corrcoef(table.transport, table.score)[0, 1])
     slope = 100 * float(Law.fit("ot", table.p, table.transport, table.score).coefficients[1])
     shares = "/".join(f"{100 * share:.0f}" for share in chosen.p)
@@ -181,8 +198,8 @@ def transport_scaling(subject: Subject, budget: Budget) -> Finding:
             "error of the prediction": comparison.estimate,
             "error from the mix alone": comparison.controls[0].estimate,
             "correlation of distance and accuracy over the trained mixes": Estimate.exact(tracks),
-            f"predicted accuracy of the chosen mix at {larger:,} rows": Estimate.exact(100 * chosen.predicted_score, "%"),
-            f"predicted accuracy of the uniform mix at {larger:,} rows": Estimate.exact(100 * even, "%"),
+            f"predicted accuracy of the chosen mix at {larger:,} rows": predicted_at(chosen.p),
+            f"predicted accuracy of the uniform mix at {larger:,} rows": predicted_at(chosen.baselines["uniform"].p),
             "points of accuracy for a unit of distance": Estimate.exact(slope, "points"),
             "models trained on pilot rows": Estimate.exact(scaling.n_trainings_, "trainings"),
         },
@@ -196,7 +213,7 @@ def transport_scaling(subject: Subject, budget: Budget) -> Finding:
         "--target LABEL --val VAL.csv --size ROWS.",
         seed=budget.seed,
         caveats=(
-            f"The sources are parts of one data set: {words}. Real sources differ in more than that.",
+            words,
             f"The predicted accuracies at {larger:,} rows were not measured; they are projected from {size // 2} and {size}.",
             "The law predicts accuracy on validation rows and is scored on test rows, so their difference is in the error.",
             *(f"{str(one.message)[:1].upper()}{str(one.message)[1:]}." for one in said if one.category is UserWarning),
@@ -218,7 +235,8 @@ def _figure(
         column_widths=[0.45, 0.55],
         vertical_spacing=0.16,
         horizontal_spacing=0.14,
-        subplot_titles=("new mixes", f"predicted at {larger:,} rows", "accuracy against rows"),
+        # above a triangle the name of its corner stands
+        subplot_titles=("new mixes", "" if three else f"predicted at {larger:,} rows", "accuracy against rows"),
     )
     figure.add_scatter(
         x=predicted.round(4).tolist(), y=measured.round(4).tolist(), mode="markers", name="new mixes",
@@ -268,7 +286,9 @@ def _triangle(
         **corners(grid), mode="markers", name="mixes", showlegend=False, text=[f"{score:.1%}" for score in scores],
         marker={
             "color": scores.round(4).tolist(), "colorscale": "Viridis", "size": 9, "showscale": True,
-            "colorbar": {"len": 0.5, "y": 0.78, "thickness": 12, "tickformat": ".0%"},
+            "colorbar": {
+                "len": 0.5, "y": 0.78, "thickness": 12, "tickformat": ".0%", "title": {"text": f"predicted at<br>{larger:,} rows"}
+            },
         },
         row=1, col=2,
     )  # fmt: skip

@@ -135,16 +135,17 @@ def function_interpretation(subject: Subject, budget: Budget) -> Finding:
             Control("a constant", mean(scores["constant"]), "null"),
         ),
     )
-    good, worst = int((ours > _GOOD).sum()), int(np.argmin(ours))
-    headline = f"{good} of {len(units)} curves of the model have a description that predicts held-out answers with R² > {_GOOD}"
+    good, cubic, worst = int((ours > _GOOD).sum()), int((scores["cubic"] > _GOOD).sum()), int(np.argmin(ours))
+    headline = (
+        f"{good} of {len(units)} curves of the model have a description that predicts held-out answers with R² > {_GOOD}, "
+        f"{cubic} a cubic that does"
+    )
     if ours[worst] <= _GOOD:
         headline += f"; {units[worst].name} is described worst (R² {ours[worst]:.2f})"
     numbers = {
         "mean R2 of the descriptions": mean(ours),
         f"curves described with R2 > {_GOOD}": Estimate.exact(good, f"of {len(units)}"),
-        f"curves that a cubic describes with R2 > {_GOOD}": Estimate.exact(
-            int((scores["cubic"] > _GOOD).sum()), f"of {len(units)}"
-        ),
+        f"curves that a cubic describes with R2 > {_GOOD}": Estimate.exact(cubic, f"of {len(units)}"),
     }
     return Finding(
         slug="function-interpretation",
@@ -182,6 +183,14 @@ def _interval_share(interval: tuple[float, float] | None, unit: _Unit) -> float:
     return (min(interval[1], unit.high) - max(interval[0], unit.low)) / (unit.high - unit.low)
 
 
+def _where(interval: tuple[float, float] | None) -> str:
+    """An interval in words."""
+    low, high = interval or (-np.inf, np.inf)
+    if np.isinf(low):
+        return f"below {high:.4g}"
+    return f"above {low:.4g}" if np.isinf(high) else f"between {low:.4g} and {high:.4g}"
+
+
 def _advice(units: list[_Unit], told: list[Interpretation], r2: np.ndarray) -> str:
     wrong = [
         (unit, one)
@@ -190,9 +199,7 @@ def _advice(units: list[_Unit], told: list[Interpretation], r2: np.ndarray) -> s
     ]
     if wrong:
         unit, one = wrong[0]
-        return (
-            f"{unit.name} follows one rule except on {one.domain}, where it is about constant: look at the rows there."
-        )
+        return f"{unit.name} follows one rule except {_where(one.interval)}, where it is about constant: look at the rows there."
     poor = [unit.name for unit, score in zip(units, r2, strict=True) if score <= _GOOD]
     if poor:
         return f"No short formula holds for {poor[0]}: read that curve itself, not a sentence about it."

@@ -1,16 +1,19 @@
 """Function interpretation on models of texts: the words that move a unit, and whether they tell which others do."""
 
-__all__ = ["described_by_words", "no_words"]
+__all__ = ["described_by_words", "described_encoder", "no_words"]
 
+import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import plotly.graph_objects as go
 import torch
 from sklearn.linear_model import RidgeCV
 
-from theodolite.core.errors import DataError
+from theodolite.core.errors import DataError, ModelError
 from theodolite.core.estimate import Comparison, Control, Estimate, bootstrap, proportion
 from theodolite.core.subject import Subject
 from theodolite.core.view import evaluation_mode
@@ -24,7 +27,7 @@ from theodolite.explanations.function_interpretation import (
 )
 from theodolite.explanations.function_interpretation.judges import sentence_embeddings
 from theodolite.explanations.function_interpretation.words import testable
-from theodolite.language.pretrained import model_folder
+from theodolite.language.pretrained import load_encoder, model_folder
 from theodolite.survey.chart import Budget
 from theodolite.survey.figures import INKS, blank, level_line
 from theodolite.survey.finding import Finding
@@ -37,11 +40,17 @@ _FEW = 8  # units up to which an interval is over tests, since there are too few
 
 @dataclass(frozen=True, eq=False)
 class _Probe:
-    """words (n,) and how much each moves each unit (n, units)."""
+    """words (n,) and how much each moves each unit (n, units).
+
+    what: the units are, and how they read a word. own: where the units are dimensions of the judge's embeddings, which ones.
+    """
 
     words: list[str]
     units: list[str]
     activations: np.ndarray
+    what: str
+    how: str
+    own: tuple[int, ...] = ()
 
 
 def no_words(subject: Subject) -> str | None:
@@ -84,32 +93,67 @@ def _probe(subject: Subject) -> _Probe:
                 subject.predictor(input_ids=part, output_hidden_states=True).hidden_states[-1][:, -1].double()
                 for part in ids.split(64)
             ]).numpy()  # fmt: skip
-        chosen = np.sort(np.argsort(-states.std(axis=0), kind="stable")[:_UNITS])
-        return _Probe(words, [f"dimension {i}" for i in chosen], states[:, chosen])
+        chosen, names = _most_variable(states)
+        return _Probe(words, names, states[:, chosen], "dimensions of the last hidden state", f"each after “{_LEAD}”")
     rows = torch.zeros(len(found), subject.data.train.x.shape[1])
     rows[torch.arange(len(found)), torch.tensor([column for _, column in found])] = 1.0  # a text of one word
     view = subject.view("probability" if subject.data.task == "classification" else "value")
     values = view(rows).double().numpy()
     names = list(subject.data.classes) or ["the prediction"]
     moved = [i for i in np.argsort(-values.std(axis=0), kind="stable")[:_UNITS].tolist() if np.ptp(values[:, i]) > 1e-6]
-    return _Probe(words, [names[i] for i in sorted(moved)], values[:, sorted(moved)])
+    alone = "each as a text of one word"
+    return _Probe(words, [names[i] for i in sorted(moved)], values[:, sorted(moved)], "outputs", alone)
+
+
+def _most_variable(states: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """The dimensions that move most, in order, with their names."""
+    chosen = np.sort(np.argsort(-states.std(axis=0), kind="stable")[:_UNITS])
+    return chosen, [f"dimension {i}" for i in chosen]
 
 
 def described_by_words(subject: Subject, budget: Budget) -> Finding:
     """How often a unit's strongest words tell which of three other words moves it."""
-    probe = _probe(subject)
+    return _described(_probe(subject), budget)
+
+
+def described_encoder(name: str, texts: Sequence[str], budget: Budget) -> Finding:
+    """The same of a text encoder's sentence embeddings, by the commonest words of ``texts``.
+
+    name: as `load_encoder` takes it. Raises DataError for texts with fewer than 60 different words.
+    """
+    judge = model_folder("minilm")
+    if judge is None:
+        raise ModelError("a sentence encoder judges the words, and it is not installed: make models")
+    counts = Counter(word.lower() for text in texts for word in re.findall(r"[^\W\d_]{4,}", text))
+    words = [word for word, _ in counts.most_common(_WORDS)]
+    if len(words) < _FEWEST:
+        raise DataError(f"the texts have {len(words)} different words of four letters and more; {_FEWEST} are needed")
+    states = sentence_embeddings(words, load_encoder(name)).astype(np.float64)
+    chosen, names = _most_variable(states)
+    own = tuple(chosen.tolist()) if model_folder(name) == judge else ()
+    how = "each as a text of one word"
+    return _described(_Probe(words, names, states[:, chosen], "dimensions of sentence embeddings", how, own), budget)
+
+
+def _described(probe: _Probe, budget: Budget) -> Finding:
     order = np.random.default_rng([budget.seed, 14]).permutation(len(probe.words))
     shown, held = order[: len(order) // 2], order[len(order) // 2 :]
     kept = [u for u in range(len(probe.units)) if testable(probe.activations[held, u])]
     if not kept:
         raise DataError("on the words that are held out the answers hardly differ, so no description can be tested")
-    probe = _Probe(probe.words, [probe.units[u] for u in kept], probe.activations[:, kept])
+    probe = replace(
+        probe, units=[probe.units[u] for u in kept], activations=probe.activations[:, kept],
+        own=tuple(probe.own[u] for u in kept if probe.own),
+    )  # fmt: skip
     words = [[probe.words[i] for i in part] for part in (shown, held)]
-    embedded = sentence_embeddings(probe.words)
-    judge = EmbeddingJudge(lambda texts: _looked_up(texts, probe.words, embedded))
+    meanings = sentence_embeddings(probe.words)
     each_has = max(10, _TESTS // len(probe.units))
-    told, tests, guessed = [], [], []
+    told, tests, judges, guessed = [], [], [], []
     for u in range(len(probe.units)):
+        embedded = meanings.copy()
+        hidden = probe.own[u : u + 1]
+        embedded[:, hidden] = 0  # a judge that sees the unit itself would be told the answer
+        judges.append(EmbeddingJudge(partial(_looked_up, words=probe.words, embedded=embedded, hidden=hidden)))
         values = dict(zip(probe.words, probe.activations[:, u].tolist(), strict=True))
         box = BlackBox(
             lambda texts, values=values: [values[text] for text in texts],
@@ -122,14 +166,15 @@ def described_by_words(subject: Subject, budget: Budget) -> Finding:
         fitted = RidgeCV(np.geomspace(1e-2, 1e2, 9)).fit(embedded[shown], probe.activations[shown, u])
         expected = dict(zip(words[1], np.asarray(fitted.predict(embedded[held])).tolist(), strict=True))
         guessed.append(_right(tests[u], [1 + int(np.argmax([expected[w] for w in t.candidates])) for t in tests[u]]))
-    ours = np.array([_right(test, judge.choose(one, test)) for one, test in zip(told, tests, strict=True)])
-    other = np.array([_right(test, judge.choose(told[u - 1], test)) for u, test in enumerate(tests)])
-    what = "dimensions of the last hidden state" if subject.is_language_model else "outputs"
+    ours, other = (
+        np.array([_right(test, judges[u].choose(told[u - back], test)) for u, test in enumerate(tests)])
+        for back in (0, 1)
+    )
     found, swapped, ridge = _share(ours), _share(other), _share(np.array(guessed))
     chance = Estimate.exact(1 / 3, "share of tests")
     each, best = ours.mean(axis=1), int(np.argmax(ours.mean(axis=1)))
     comparison = Comparison(
-        f"share of {ours.size} tests that a unit's strongest words answer, {len(probe.units)} {what}",
+        f"share of {ours.size} tests that a unit's strongest words answer, {len(probe.units)} {probe.what}",
         found,
         (
             Control("a guess among three", chance, "null"),
@@ -140,8 +185,8 @@ def described_by_words(subject: Subject, budget: Budget) -> Finding:
     return Finding(
         slug="function-interpretation",
         headline=f"Which of three unseen words moves a unit most is told by the words that moved it before in {found.value:.0%} "
-        f"of {ours.size} tests (chance 33%, another unit's words {swapped.value:.0%}); {len(probe.units)} {what}, told best: "
-        f"{probe.units[best]} ({told[best]}).",
+        f"of {ours.size} tests (chance 33%, another unit's words {swapped.value:.0%}); {len(probe.units)} {probe.what}, told "
+        f"best: {probe.units[best]} ({told[best]}).",
         numbers={
             "tests answered from a unit's words": found,
             "tests answered from another unit's words": swapped,
@@ -153,22 +198,24 @@ def described_by_words(subject: Subject, budget: Budget) -> Finding:
         reading=f"Each bar is a unit: the share of its {each_has} tests that are answered rightly from its strongest words "
         "(shown when pointed at), with its 95 % interval; the crosses from another unit's words. A sentence encoder answers, by "
         "which of three words is nearest to the description.",
-        advice=_advice(found, swapped, ridge),
+        advice=_advice(found, swapped, ridge, ours),
         seed=budget.seed,
         caveats=(
-            f"{len(probe.words)} common words, half of them shown; "
-            + (f"each after “{_LEAD}”." if subject.is_language_model else "each as a text of one word."),
+            f"{len(probe.words)} common words, half of them shown; {probe.how}.",
+            *["The judge is this encoder too; of each unit it was kept from seeing that dimension."] * bool(probe.own),
             "The judge knows what words mean, not how they are spelled: a unit that answers to form is told badly.",
             "A language model writes sentences instead: LanguageModelInterpreter in the method's module.",
         ),
     )  # fmt: skip
 
 
-def _looked_up(texts: list[str], words: list[str], embedded: np.ndarray) -> np.ndarray:
-    """Embeddings of words that are there already, and of what else is asked for."""
+def _looked_up(texts: list[str], words: list[str], embedded: np.ndarray, hidden: tuple[int, ...]) -> np.ndarray:
+    """Embeddings of words that are there already, and of what else is asked for, without the dimensions ``hidden``."""
     known = dict(zip(words, embedded, strict=True))
     new = [text for text in texts if text not in known]
-    known |= dict(zip(new, sentence_embeddings(new), strict=True)) if new else {}
+    made = sentence_embeddings(new) if new else np.empty((0, embedded.shape[1]))
+    made[:, hidden] = 0
+    known |= dict(zip(new, made, strict=True))
     return np.array([known[text] for text in texts])
 
 
@@ -206,7 +253,7 @@ def _figure(units: list[str], told: list[str], ours: np.ndarray, other: np.ndarr
     return figure
 
 
-def _advice(found: Estimate, swapped: Estimate, ridge: Estimate) -> str:
+def _advice(found: Estimate, swapped: Estimate, ridge: Estimate, right: np.ndarray) -> str:
     if found.low <= max(1 / 3, swapped.value):
         if ridge.low > 1 / 3:
             return (
@@ -214,7 +261,14 @@ def _advice(found: Estimate, swapped: Estimate, ridge: Estimate) -> str:
                 "although the meaning of a word does say something of its value (the regression on embeddings)."
             )
         return "Do not name these units by their strongest words: on other words such names tell no more than chance."
+    clear = sum(proportion(int(row.sum()), len(row)).low > 1 / 3 for row in right)
+    check = "theodolite.explanations.function_interpretation.activation_tests"
+    if 2 * clear <= len(right):
+        return (
+            "The strongest words are a hint at these units and no name: over all units they tell more than chance, but only for "
+            f"{clear} of {len(right)} when each is tested by itself. Test a unit with more words before you name it: {check}."
+        )
     return (
-        "The strongest words are a fair name for most of these units; check it on words of your own before you rely on one of "
-        "them: theodolite.explanations.function_interpretation.activation_tests."
+        f"The strongest words are a fair name for {clear} of these {len(right)} units; check it on words of your own before you "
+        f"rely on one of them: {check}."
     )

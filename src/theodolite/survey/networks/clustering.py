@@ -63,9 +63,10 @@ def _cost(subject: Subject) -> float:
 
 @dataclass(frozen=True, eq=False)
 class _Space:
-    """What is clustered, in words, on training and test rows; flat inputs of both for the control."""
+    """What is clustered, in words, on training and test rows; flat inputs of both, and their name, for the control."""
 
     name: str
+    inputs: str
     train: np.ndarray
     test: np.ndarray
     flat: np.ndarray
@@ -83,19 +84,23 @@ def _space(subject: Subject, budget: Budget) -> _Space:
     data = subject.data
     x, x_test = data.train.head(_ROWS).x, data.test.head(_TEST).x
     flat, flat_test = subject.flat("train")[:_ROWS], subject.flat("test")[:_TEST]
+    inputs = "the inputs"
     if data.modality == "tabular":
         flat, flat_test = _standardised(flat, flat_test)
+    elif data.forecasts:  # levels drift, and later ones would all be in the cluster of the last
+        flat, flat_test = ((part - part[:, -1:]).flatten(1).double().numpy() for part in (x, x_test))
+        inputs = "the windows less their last values"
     nodes = flat_nodes(subject) if subject.is_network else ()
     if nodes:
         held = [
             activations(subject.predictor, rows, [nodes[-1]], memory=budget.memory)[nodes[-1]] for rows in (x, x_test)
         ]
         train, test = _standardised(*(one.double().numpy() for one in held))
-        return _Space(f"the hidden layer {nodes[-1]}", train, test, flat, flat_test)
+        return _Space(f"the hidden layer {nodes[-1]}", inputs, train, test, flat, flat_test)
     if _learns(subject):
-        return _Space("codes that a convolutional encoder learnt", x.numpy(), x_test.numpy(), flat, flat_test)
+        return _Space("codes that a convolutional encoder learnt", inputs, x.numpy(), x_test.numpy(), flat, flat_test)
     train, test = _standardised(flat, flat_test)
-    return _Space("the inputs", train, test, flat, flat_test)
+    return _Space(inputs, inputs, train, test, flat, flat_test)
 
 
 def _fitted(subject: Subject, space: _Space, seed: int) -> TELL:
@@ -111,20 +116,30 @@ def _fitted(subject: Subject, space: _Space, seed: int) -> TELL:
 
 
 class _Told:
-    """What clusters tell of the target: classes matched one to one, or the target's mean in each, by the training rows."""
+    """What clusters tell of the target: classes matched one to one, or the target's mean in each, by the training rows.
+
+    The target of a forecast is read as the change from the last value: levels drift, and no cluster knows later ones.
+    """
 
     def __init__(self, subject: Subject) -> None:
-        self.classifies = subject.data.task == "classification"
-        self.y = subject.data.train.y[:_ROWS].numpy()
-        test = subject.data.test.head(_TEST)
-        self.y_test, self.blocks = test.y.numpy(), test.blocks
+        self.classifies, self.forecasts = subject.data.task == "classification", subject.data.forecasts
+        train, test = subject.data.train.head(_ROWS), subject.data.test.head(_TEST)
+        self.y, self.y_test = (
+            (part.y - part.x[:, -1, 0] if self.forecasts else part.y).numpy() for part in (train, test)
+        )
+        self.blocks = test.blocks
+
+    @property
+    def target(self) -> str:
+        """What a regression tells, in words."""
+        return "the next change" if self.forecasts else "the target"
 
     @property
     def words(self) -> str:
         """What is measured."""
-        return (
-            "test rows in the cluster of their class" if self.classifies else "variance of the target on test rows told"
-        )
+        if self.classifies:
+            return "test rows in the cluster of their class"
+        return f"variance of {self.target} on test rows told"
 
     def measure(self, labels: np.ndarray, labels_test: np.ndarray) -> Estimate:
         """On test rows, with its interval."""
@@ -166,14 +181,14 @@ def tell_clustering(subject: Subject, budget: Budget) -> Finding:
         f"{told.words}, {k} clusters of {space.name}",
         ours,
         (
-            Control("k-means on the inputs", on_inputs, "closed-form"),
+            Control(f"k-means on {space.inputs}", on_inputs, "closed-form"),
             Control("all rows in one cluster", told.null(), "null"),
             Control("k-means on the same codes", on_codes, "reference"),
         ),
     )
     numbers = {
         f"{told.words}, neural clustering": ours,
-        f"{told.words}, k-means on the inputs": on_inputs,
+        f"{told.words}, k-means on {space.inputs}": on_inputs,
         f"{told.words}, k-means on the same codes": on_codes,
         "clusters with test rows": Estimate.exact(len(np.unique(labels_test)), f"of {k}"),
     }
@@ -183,13 +198,13 @@ def tell_clustering(subject: Subject, budget: Budget) -> Finding:
         mixed = _mixed(labels_test, told.y_test, subject.data.classes)
         headline = (
             f"In {k} clusters of {space.name} {100 * ours.value:.0f} % of test rows are in the cluster of their class "
-            f"(k-means on the inputs {100 * on_inputs.value:.0f} %), NMI {nmi.value:.2f}; "
+            f"(k-means on {space.inputs} {100 * on_inputs.value:.0f} %), NMI {nmi.value:.2f}; "
             f"{mixed or 'no cluster mixes two classes'}."
         )
     else:
         headline = (
-            f"{k} clusters of {space.name} tell {100 * ours.value:.0f} % of the target's variance on test rows (k-means on the "
-            f"inputs {100 * on_inputs.value:.0f} %)."
+            f"{k} clusters of {space.name} tell {_share(ours)} of the variance of {told.target} on test rows (k-means on "
+            f"{space.inputs} {_share(on_inputs)})."
         )
     if model.reconstruction_r2_ is not None:
         numbers["variance of the inputs that the decoder gives back"] = Estimate.exact(model.reconstruction_r2_, "R2")
@@ -200,7 +215,7 @@ def tell_clustering(subject: Subject, budget: Budget) -> Finding:
         comparison=comparison,
         figure=_figure(subject, model, space, told, codes_test, labels_test),
         reading="Top left: test rows by their codes, in the two directions of largest variance, with the centres as crosses. Top "
-        f"right: {'which classes' if told.classifies else 'which values of the target'} each cluster holds. Bottom left: "
+        f"right: {'which classes' if told.classifies else f'which values of {told.target}'} each cluster holds. Bottom left: "
         f"{_third(subject)[1]}. Bottom right: squared distance of codes to their centres while training.",
         advice=_advice(comparison, mixed),
         seed=budget.seed,
@@ -210,6 +225,11 @@ def tell_clustering(subject: Subject, budget: Budget) -> Finding:
             _made(model, space),
         ),
     )  # fmt: skip
+
+
+def _share(told: Estimate) -> str:
+    """A share of variance in words; below 0 the clusters' means are worse than the mean of the test rows."""
+    return f"{100 * max(told.value, 0.0):.0f} %" if told.value > -0.005 else f"none (R2 {told.value:.2f})"
 
 
 def _made(model: TELL, space: _Space) -> str:
@@ -260,7 +280,8 @@ def _third(subject: Subject) -> tuple[str, str]:
             "mean of each cluster's rows less the mean of all, in deviations, for the columns that differ most",
         )
     if subject.data.modality == "series":
-        return "series", "mean of each cluster's series, first channel, in the units of the data"
+        less = " less its last value" if subject.data.forecasts else ""
+        return "series", f"mean of each cluster's series, first channel{less}, in the units of the data"
     return "distances", "distances of test rows to their own centre"
 
 
@@ -270,7 +291,7 @@ def _figure(
     figure = make_subplots(2, 2, horizontal_spacing=0.14, vertical_spacing=0.16)
     figure.update_layout(margin={"l": 60, "r": 20, "t": 30, "b": 50}, height=820, showlegend=False)
     flat = PCA(min(2, codes.shape[1]), random_state=0).fit(codes)
-    for j in range(model.n_clusters):
+    for j in np.unique(labels).tolist():
         _dots(
             figure,
             flat.transform(codes[labels == j][:200]),
@@ -288,6 +309,7 @@ def _figure(
     else:
         for j in np.unique(labels).tolist():
             _box(figure, told.y_test[labels == j], names[j], INKS[j % 6], (1, 2))
+        figure.update_yaxes(title_text=told.target, row=1, col=2)
     kind = _third(subject)[0]
     if kind == "wall":
         _heat(figure, _wall(subject, model, space, codes), None, None, (2, 1), "Greys_r")
@@ -301,6 +323,7 @@ def _figure(
         _heat(figure, means[:, top], [subject.data.features[i] for i in top.tolist()], names, (2, 1), "RdBu")
     elif kind == "series":
         first = subject.data.test.x[:_TEST, :, 0].numpy()
+        first = first - first[:, -1:] if told.forecasts else first
         for j in np.unique(labels).tolist():
             mean = first[labels == j].mean(axis=0).round(4).tolist()
             line = {"color": INKS[j % 6], "dash": "solid" if j < 6 else "dot"}

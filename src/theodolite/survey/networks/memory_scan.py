@@ -37,12 +37,10 @@ def needed_words(scan: MemoryScan, target: str) -> str:
         return f"{target} needs no memory: read from the last values alone the error is {last} {unit}, and no memory beats it"
     more = "at least " if scan.wanted else ""
     if not _sure(scan):
-        few = scan.gain.n is not None and scan.gain.n < _BLOCKS
-        why = (
-            f"and {scan.gain.n} independent stretches are too few to tell"
-            if few
-            else "which these rows do not tell apart"
-        )
+        why = "which these rows do not tell apart"
+        if scan.gain.n is not None and scan.gain.n < _BLOCKS:
+            stretches = "1 independent stretch is" if scan.gain.n == 1 else f"{scan.gain.n} independent stretches are"
+            why = f"and {stretches} too few to tell"
         return (
             f"{target} shows no sure gain from memory: of {more}about {scan.needed:.0f} steps the error is {error} {unit}, from "
             f"the last values {last}, {why}"
@@ -61,9 +59,10 @@ def _sure(scan: MemoryScan) -> bool:
 def memory_words(scan: MemoryScan) -> str:
     """What the best states hold of the windows, in a sentence without its end."""
     measure, steps = scan.chosen
+    ours, random = (format_number(round(e.value, 3)) for e in (scan.chosen_recall, scan.random_recall))
     return (
         f"{scan.n_state} states of {_NAMES[measure]} over {steps:.0f} steps rebuild windows of {scan.steps} with error "
-        f"{scan.chosen_recall.value:.2f} {scan.chosen_recall.unit}, random frequencies with {scan.random_recall.value:.2f}"
+        f"{ours} {scan.chosen_recall.unit}, random frequencies with {random}"
     )
 
 
@@ -80,6 +79,8 @@ def _not_scanned(subject: Subject) -> str | None:
         return f"needs series of at least {_SHORTEST} steps; these have {steps}"
     if not bool((subject.data.train.x.std(dim=(0, 1)) > 0).any()):
         return "needs series that change; these are constant"
+    if any(bool((part.y == part.y[:1]).all()) for part in (subject.data.train, subject.data.test)):
+        return "needs a target that changes in the training and the test rows"
     return None
 
 

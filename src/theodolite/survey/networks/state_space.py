@@ -25,7 +25,7 @@ from theodolite.survey.chart import Budget, Needs, chart
 from theodolite.survey.figures import INKS, band_line
 from theodolite.survey.finding import Finding
 from theodolite.survey.networks import layers
-from theodolite.survey.networks.layers import changed, lengths_read
+from theodolite.survey.networks.layers import changed, lengths_read, memory_bars
 
 _MOVED = 0.1
 _DEALS = 5  # random choices of the steps that kernels keep
@@ -198,14 +198,8 @@ def _panels(kernels: dict[str, DiagonalSSMKernel], table: Any, longest: int, las
             row=1,
             col=2,
         )
-    figure.add_histogram(
-        x=np.log10(table["effective_length"]).tolist(), nbinsx=24, marker_color=INKS[2], name="channels", row=2, col=1
-    )
-    for row, col, x, y in (
-        (1, 1, "real part", "imaginary part"),
-        (1, 2, "age of the input, steps", "weight"),
-        (2, 1, "memory, steps (log10)", "channels"),
-    ):
+    memory_bars(figure, table["effective_length"].to_numpy(), None, row=2)
+    for row, col, x, y in ((1, 1, "real part", "imaginary part"), (1, 2, "age of the input, steps", "weight")):
         figure.update_xaxes(title_text=x, row=row, col=col)
         figure.update_yaxes(title_text=y, row=row, col=col)
     figure.update_layout(margin={"l": 60, "r": 20, "t": 60, "b": 50}, height=720, showlegend=False)

@@ -169,6 +169,11 @@ def _figure(theta: np.ndarray, weights: np.ndarray, best: float, temperature: Es
 def _advice(temperature: Estimate, gain: Estimate) -> str:
     if temperature.low <= 1 <= temperature.high:
         return "Leave the probabilities as they are, or give more validation rows to tell a smaller error of them."
+    if gain.high < 0:
+        return "The temperature is off on the validation rows, but correcting it harms the test rows: look for a shift."
     if gain.low <= 0:
-        return "The temperature is off on the validation rows, but correcting it does not pay on the test rows: look for a shift."
+        return (
+            f"The temperature is off on the validation rows, but {gain.n:,} test rows cannot tell whether correcting it pays: "
+            "leave the probabilities as they are, or give more rows."
+        )
     return f"Divide the logits by {temperature.value:.2f} before the softmax where probabilities are used as such."
