@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickle
 import shutil
 import sqlite3
 import threading
@@ -15,6 +16,7 @@ from language_server import protocol_server
 from theodolite.core.errors import InputError, ModelError
 from theodolite.language import connect
 from theodolite.language.endpoint import _read_chat, _read_echo
+from theodolite.language.local import LocalModel
 from theodolite.language.model import EndpointError, EndpointUnavailable, LogprobsUnavailable, ScoringUnavailable
 from tiny_language_model import save_tiny_model
 
@@ -178,6 +180,27 @@ def test_an_endpoint_is_asked_over_http_once_for_each_question(tmp_path, monkeyp
         assert "secret-key" not in repr(model) + (tmp_path / "answers.sqlite").read_bytes().decode("latin-1")
         several = model.chat_many([[{"role": "user", "content": f"{i} a"}] for i in range(20)])
         assert [one.text for one in several] == [f"a {i}" for i in range(20)]
+
+
+def test_a_model_that_is_saved_and_read_asks_as_before_and_its_key_is_not_saved(folder, local, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    with protocol_server() as server:
+        model = endpoint(server, tmp_path, concurrency=3)
+        assert model.chat(ASK).text == "three two one"
+        held = pickle.dumps(model)
+        assert b"secret-key" not in held
+        monkeypatch.setenv("OPENAI_API_KEY", "other-key")
+        again = pickle.loads(held)
+        assert again.chat(ASK).cached
+        assert again.chat(ASK, seed=1).text == "three two one"
+        headers = {name.lower(): value for name, value in server.seen[-1][2].items()}
+        assert headers["authorization"] == "Bearer other-key"
+    said = local.generate("the cat", max_tokens=3)[0].text
+    named = pickle.dumps(local)
+    given = LocalModel.of("tiny", local.model, local.tokenizer)
+    assert len(named) < 2_000 < len(pickle.dumps(given))
+    for one in (pickle.loads(named), pickle.loads(pickle.dumps(given))):
+        assert one.generate("the cat", max_tokens=3)[0].text == said
 
 
 def test_an_endpoint_gives_log_probabilities_and_scores():

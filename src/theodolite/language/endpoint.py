@@ -41,7 +41,7 @@ class Endpoint(LanguageModel):
     timeout: seconds without a byte of the answer, after which a request counts as failed. retries: of a request that timed
     out, was refused for its rate (429) or failed on the server (5xx); between them it waits as long as the endpoint says, up to
     two minutes, or half a second, doubled each time. concurrency: requests at a time, of all threads together. The key is read
-    when the endpoint is connected to, and is in no text, log or file.
+    when the endpoint is connected to (anew where it is unpickled), and is in no text, log or file.
 
     Endpoints differ in what they take. One that refuses ``max_tokens`` is sent ``max_completion_tokens``; one that refuses a
     seed, a temperature or top_p is asked without it, with a warning once that answers follow the endpoint's own; stop texts that
@@ -50,6 +50,8 @@ class Endpoint(LanguageModel):
 
     Raises InputError for an address that is none.
     """
+
+    _unsaved = LanguageModel._unsaved | {"_openai", "_client", "_key_given", "_at_once"}
 
     def __init__(
         self,
@@ -71,19 +73,26 @@ class Endpoint(LanguageModel):
         if timeout <= 0 or retries < 0:
             raise InputError(f"need timeout > 0 and retries >= 0, got {timeout} and {retries}")
         self.url = url.rstrip("/")
-        self._openai = require("openai", "language")
-        self._key_given = (os.environ.get(api_key_env) or "").strip()
-        if not self._key_given.isascii() or any(c.isspace() for c in self._key_given):
-            raise InputError(f"the key in {api_key_env} has characters that no key has; set it anew")
-        # servers on one's own machine ask for no key, but the client wants one
-        self._client = self._openai.OpenAI(
-            base_url=self.url, api_key=self._key_given or "none", timeout=timeout, max_retries=retries
-        )
-        self._at_once = threading.BoundedSemaphore(concurrency)
+        self._options = {"timeout": timeout, "max_retries": retries}
+        self._key_env = api_key_env
+        self._connect()
         self._left_out: frozenset[str] = frozenset()
         self._renamed = False
         self._no_echo: ScoringUnavailable | None = None
         self._tops: Sequence[int] = _TOPS
+
+    def _connect(self) -> None:
+        self._openai = require("openai", "language")
+        self._key_given = (os.environ.get(self._key_env) or "").strip()
+        if not self._key_given.isascii() or any(c.isspace() for c in self._key_given):
+            raise InputError(f"the key in {self._key_env} has characters that no key has; set it anew")
+        # servers on one's own machine ask for no key, but the client wants one
+        self._client = self._openai.OpenAI(base_url=self.url, api_key=self._key_given or "none", **self._options)
+        self._at_once = threading.BoundedSemaphore(self._concurrency)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._connect()
 
     def __del__(self) -> None:
         """Close the connections that are kept open between requests."""

@@ -41,6 +41,8 @@ class LocalModel(LanguageModel):
     memory: bytes that a batch of continuations may take; 1 GiB where None. Raises as `load_decoder`.
     """
 
+    _unsaved = LanguageModel._unsaved | {"_named"}  # the files of a folder may have changed when it is read again
+
     def __init__(self, name: str = "smollm2", *, cache: AnswerCache | None = None, memory: int | None = None) -> None:
         super().__init__(name, cache=cache, concurrency=1)
         self._memory = memory
@@ -54,6 +56,10 @@ class LocalModel(LanguageModel):
         made = cls(name)
         made._loaded, made._fixed = (model, tokenizer), False
         return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A model that is known by its name is loaded again, one that was given goes along."""
+        return super().__getstate__() | {"_texts": {}} | ({"_loaded": None} if self._fixed else {})
 
     def _identity(self) -> dict[str, Any]:
         return self._named

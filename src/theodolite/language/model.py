@@ -131,6 +131,9 @@ class AnswerCache:
         self._file.execute("PRAGMA journal_mode=WAL")
         self._file.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path,)
+
     @staticmethod
     def key(request: Mapping[str, Any]) -> str:
         """SHA-256 of everything that an answer depends on."""
@@ -156,15 +159,26 @@ def default_cache() -> Path:
 
 
 class LanguageModel(ABC):
-    """Base of the models. name: of the model. usage: what was asked of it so far."""
+    """Base of the models. name: of the model. usage: what was asked of it so far.
+
+    A model can be pickled, as a fitted estimator that asks it is; what it holds of this process is made anew.
+    """
 
     name: str
+    _unsaved: frozenset[str] = frozenset({"_counting"})
 
     def __init__(self, name: str, *, cache: AnswerCache | None = None, concurrency: int = 8) -> None:
         if concurrency < 1:
             raise InputError(f"concurrency must be at least 1, got {concurrency}")
         self.name, self._cache, self._concurrency = name, cache, concurrency
         self._usage, self._counting = Usage(), threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in self._unsaved}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._counting = threading.Lock()
 
     @property
     def usage(self) -> Usage:
