@@ -81,6 +81,8 @@ def test_durations():
 def test_the_code_for_a_subject_names_what_was_given():
     assert SubjectFlags().code() == "subject = theodolite.subject('digits')"
     assert SubjectFlags(subject="a.b:c").code() == "from a.b import c\nsubject = c()"
+    for flags in (SubjectFlags(model="smollm2"), SubjectFlags(task="language")):  # on the built-in texts
+        assert flags.code() == "subject = theodolite.language_subject('smollm2')"
     code = SubjectFlags(data="t.csv", target="y", epochs=3).code()
     assert code == (
         "subject = theodolite.load_subject(model='auto', data='t.csv', "

@@ -114,7 +114,7 @@ class SubjectFlags:
             if ":" in self.subject:
                 return load_subject_function(self.subject)
             return builtin(self.subject, seed=self.seed)
-        if self.task == "language" or (self.model == "smollm2" and self.task is None):
+        if self._reads_language:
             from theodolite.language.subjects import language_subject
 
             return language_subject(self.model or "smollm2", self.data, column=self.text or "text", seed=self.seed)
@@ -130,6 +130,11 @@ class SubjectFlags:
             epochs=self.epochs,
         )
 
+    @property
+    def _reads_language(self) -> bool:
+        """Whether a model that continues texts is meant, on texts of --data or the built-in ones."""
+        return self.subject is None and (self.task == "language" or (self.model == "smollm2" and self.task is None))
+
     def options(self) -> Any:
         """What the flags say about the data, as `theodolite.load_subject` takes it."""
         from theodolite.core.loading import DataOptions
@@ -141,14 +146,15 @@ class SubjectFlags:
         from theodolite.subjects import SUBJECTS
 
         seed = f", seed={self.seed}" if self.seed else ""
-        if self.data is None and (self.subject is None or ":" not in self.subject):
-            return f"subject = theodolite.subject({self.subject or next(iter(SUBJECTS))!r}{seed})"
-        if self.subject is not None:
+        if self.subject is not None and ":" in self.subject:
             module, _, name = self.subject.partition(":")
             return f"from {module} import {name}\nsubject = {name}()"
-        if self.task == "language":
+        if self._reads_language:
+            text = f", {self.data!r}" if self.data else ""
             column = f", column={self.text!r}" if self.text else ""
-            return f"subject = theodolite.language_subject({self.model or 'smollm2'!r}, {self.data!r}{column}{seed})"
+            return f"subject = theodolite.language_subject({self.model or 'smollm2'!r}{text}{column}{seed})"
+        if self.data is None:
+            return f"subject = theodolite.subject({self.subject or next(iter(SUBJECTS))!r}{seed})"
         from theodolite.core.loading import DataOptions
 
         given = {

@@ -2,6 +2,7 @@ import warnings
 from itertools import pairwise
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -18,6 +19,7 @@ from theodolite.activations.observables import (
     all_paths,
     coupling,
     evaluate,
+    evaluation,
     find_paths,
     head_norms,
     layernorm_angle,
@@ -611,6 +613,7 @@ def test_paths_that_cannot_be_are_told_with_the_range():
     model, n, prompts = llama(), observable(), pair()
     for path, text in (
         ((Component("attn", 0, 0), Component("attn", 1, 0)), "does not come before attn0.0"),
+        ("model.layers.0", "for one alone give"),
         ((Component("attn", 1, 0), Component("attn", 1, 1)), "does not come before"),
         ((Component("attn", 1, 0), Component("mlp", 1)), "does not come before"),
         ((Component("attn", 3, 0),), r"layers lie in 0\.\.2"),
@@ -694,6 +697,17 @@ def test_value_biases_move_the_intercept_alone():
     assert second.intercept != pytest.approx(first.intercept, rel=1e-3)
 
 
+def test_a_classifier_takes_inputs_of_any_precision_and_tables():
+    model, n = classifier().float(), Observable.from_classes(0, 2, 3)
+    x = np.random.default_rng(0).normal(size=(20, 5))
+    feature = propagate(model, n, ["4", "2"], prompts=(x[0], x[1]))
+    expected = evaluate(model, feature, n, torch.tensor(x, dtype=torch.float32))
+    assert expected.from_pair == 2
+    assert vars(evaluate(model, feature, n, x)) == vars(expected)
+    assert vars(evaluate(model, feature, n, pd.DataFrame(x))) == vars(expected)
+    assert vars(evaluate(model, feature, n, list(x))) == vars(expected)
+
+
 # ---- evaluation
 
 
@@ -738,6 +752,8 @@ def test_where_the_word_cannot_be_told_a_token_is_asked_for():
     feature = propagate(model, n, (Component("attn", 2, 1, 2),), prompts=(rows[0], rows[1]))
     with pytest.raises(InputError, match="cannot tell where to read"):
         ob.read(model, feature, n, [*rows[:4], prompt(9, 11)])
+    unlike = torch.stack([torch.arange(6) + 6 * i for i in range(4)])  # of the pair's length, and made of no template
+    assert torch.equal(ob.read(model, feature, n, unlike).x, ob.read(model, feature, n, unlike, tokens=2).x)
     with pytest.raises(InputError, match="as many tokens"):
         ob.read(model, feature, n, rows, tokens=[1])
     with pytest.raises(InputError, match="cannot read at token 40"):
@@ -768,6 +784,11 @@ def test_prompts_that_prove_nothing_are_refused():
         evaluate(model, feature, n, rows[:4])
     with pytest.raises(DataError, match="is the same for all prompts"):
         evaluate(model, feature, n, [rows[5]] * 5, tokens=2)
+    rounded = torch.ones(5, WIDTH) + torch.finfo(torch.float32).eps * torch.eye(5, WIDTH)
+    with pytest.raises(DataError, match="is the same for all prompts"):  # rounding is no difference
+        evaluation.report(feature, ob.Readings(rounded, torch.arange(5.0)))
+    with pytest.raises(DataError, match="NaN or infinite for 1 of 5 prompts"):
+        evaluation.report(feature, ob.Readings(torch.randn(5, WIDTH), torch.tensor([1.0, 2.0, float("nan"), 3.0, 4.0])))
     for labels, text in (([0] * 24, "0 and 1"), ([0, 1], "one label for each"), ([1, 2] * 12, "0 and 1")):
         with pytest.raises(DataError, match=text):
             evaluate(model, feature, n, rows, labels=labels)

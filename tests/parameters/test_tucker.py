@@ -274,6 +274,9 @@ def test_structures_are_compared_at_equal_size():
     assert table.loc[(354, "matrix, rank up"), "parameters"].tolist() == [528, 528]
     assert (table.loc[(354, "cp"), "parameters"] <= 354).all()
     assert table.loc[(0, "tucker")].tolist() == ["conv", 0, 1.0]
+    untouched = compare_structures({"frozen": torch.zeros(6, 4, 3, 3)}, [200])  # a layer that fine-tuning left alone
+    assert len(untouched) == 4
+    assert (untouched.relative_error == 0).all()
 
 
 # ---- ranks from a budget
@@ -321,7 +324,7 @@ def test_the_start_is_the_base_and_merging_changes_nothing(kind):
         assert not torch.allclose(changed, base(x), atol=1e-2)
         merged = adapters.merge()
         assert merged is net
-        assert merged.state_dict().keys() == weights.keys()
+        assert list(merged.state_dict()) == list(weights)  # an optimiser's state and a vector of weights go by the order
         assert torch.allclose(net(x), changed, atol=1e-6)
         adapters.merge()
         assert torch.allclose(net(x), changed, atol=1e-6)
@@ -330,6 +333,7 @@ def test_the_start_is_the_base_and_merging_changes_nothing(kind):
         adapters.merge()
         adapters.remove()
     assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
+    assert list(net.state_dict()) == list(weights)
     assert all(parameter.requires_grad for parameter in net.parameters())
     assert not any(module._forward_pre_hooks for module in net.modules())
 
@@ -729,7 +733,7 @@ def test_ranks_that_do_not_fit(shape, ranks, message):
 
 def test_other_options_that_do_not_fit():
     with pytest.raises(InputError, match="scale"):
-        TuckerDelta((4, 4), (2, 2), scale=0)
+        TuckerDelta(np.array([4, 4]), np.array([2, 2]), scale=0)
     with pytest.raises(InputError, match="init is one of"):
         TuckerDelta((4, 4), (2, 2), init="zeros")
     with pytest.raises(InputError, match="base="):
@@ -752,6 +756,10 @@ def test_other_options_that_do_not_fit():
         compare_structures({}, [5])
     with pytest.raises(InputError, match="budget for a"):
         compare_structures({"a": torch.ones(3, 3)}, [-1])
+    with pytest.raises(DataError, match=r"norm\.num_batches_tracked: expected a floating point tensor"):
+        compare_structures({"norm.num_batches_tracked": torch.tensor(7)}, [20])
+    with pytest.raises(InputError, match="too small"):
+        budget_ranks((4, 4), math.nan)
 
 
 @pytest.mark.parametrize(
@@ -774,6 +782,7 @@ def test_other_options_that_do_not_fit():
         ({"statistics": "drop"}, "statistics is one of"),
         ({"group": {"all": ["*"]}}, "all of one shape"),
         ({"group": {"one": ["a"]}}, "two or more"),
+        ({"group": ["a", "b"]}, "group maps the name"),
         ({"group": {"one": ["a"]}, "kind": "full"}, "only kind"),
     ],
 )

@@ -4,6 +4,7 @@ import warnings
 
 import networkx as nx
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -862,6 +863,10 @@ BAD = {
     "not a node": (lambda: LabelMetric.from_edges([("a", "b")], ["a", "z"]), DataError, "not nodes of the graph"),
     "samples": (lambda: line(3).is_metric(1), InputError, "at least 2"),
     "no tree": (lambda: tree_locus(nx.cycle_graph(4), [0]), InputError, "not a tree: 4 nodes and 4 edges"),
+    "edges for a tree": (lambda: tree_locus([(0, 1)], [0]), InputError, r"got a list; of an edge list.*from_edges"),
+    "edges for a graph": (lambda: next_class([(0, 1)], [0]), InputError, "got a list"),
+    "huge embeddings": (lambda: LabelMetric.from_embeddings([[0.0], [1e200]], "ab"), DataError, "rescale"),
+    "huge distance": (lambda: LabelMetric.from_matrix([[0, 1e200], [1e200, 0]], "ab"), DataError, "at most 1e\\+150"),
     "no graph": (lambda: tree_locus(line(4), [0]), InputError, "not made of a graph"),
     "empty tree locus": (lambda: tree_locus(nx.path_graph(4), []), DataError, "no label"),
     "empty curve": (lambda: locus_curve(nx.path_graph(4), []), DataError, "no label"),
@@ -879,6 +884,37 @@ def test_errors_say_what_is_wrong(case):
     call, error, text = BAD[case]
     with pytest.raises(error, match=text):
         call()
+
+
+def test_a_data_frame_is_read_by_its_names():
+    rng = np.random.default_rng(5)
+    names, observed = list("abcdef"), ["e", "b", "a"]
+    e = rng.normal(size=(6, 3))
+    metric = LabelMetric.from_embeddings(e, names)
+    every = metric.squared(names, names)
+    shuffled = [names[i] for i in rng.permutation(6)]
+    frame = pd.DataFrame(e, index=names).loc[shuffled]
+    np.testing.assert_allclose(LabelMetric.from_embeddings(frame, names).squared(names, names), every)
+    table = pd.DataFrame(np.sqrt(every), names, names).loc[shuffled, shuffled[::-1]]
+    np.testing.assert_allclose(LabelMetric.from_matrix(table, names).squared(names, names), every)
+    p = rng.dirichlet(np.ones(3), size=20)
+    named = pd.DataFrame(p, columns=observed)[["a", "e", "b"]]
+    rule, y = FrechetPredictor(metric, observed), rng.choice(observed, size=20)
+    np.testing.assert_allclose(rule.scores(named), rule.scores(p))
+    np.testing.assert_allclose(rule.scores(pd.DataFrame(p)), rule.scores(p))
+    assert (
+        adaptation_report(named, y, metric, observed).msd_frechet
+        == adaptation_report(p, y, metric, observed).msd_frechet
+    )
+    logits = np.log(named) * 3
+    assert (
+        rule.fit_temperature(logits, y).temperature_
+        == rule.fit_temperature(logits[observed].to_numpy(), y).temperature_
+    )
+    other = pd.DataFrame(p, columns=["p_e", "p_b", "p_a"])  # bears none of the names: taken at its order
+    np.testing.assert_allclose(rule.scores(other), rule.scores(p))
+    with pytest.raises(DataError, match=r"columns are only in part the 3 labels, different are \['b', 'x'\]"):
+        rule.predict(pd.DataFrame(p, columns=["e", "x", "a"]))
 
 
 def test_missing_labels_are_named_up_to_five():

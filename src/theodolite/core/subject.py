@@ -43,6 +43,9 @@ class Rows:
     def __len__(self) -> int:
         return len(self.x)
 
+    def __repr__(self) -> str:
+        return f"Rows({len(self):,} of shape {tuple(self.x.shape[1:])})"
+
     @property
     def blocks(self) -> np.ndarray | None:
         """The groups as an array, None where each row stands for itself: what `bootstrap` takes."""
@@ -95,6 +98,10 @@ class Dataset:
     scaling: tuple[tuple[float, float], ...] = ()
     domains: Column | None = None
     unlabelled: Tensor | None = None
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{part} {len(rows):,}" for part, rows in self.parts.items())
+        return f"Dataset({self.name!r}, {self.modality}, {self.task}, rows of shape {self.shape}: {sizes})"
 
     def __post_init__(self) -> None:
         if self.scaling and len(self.scaling) != len(self.features):
@@ -214,6 +221,9 @@ class Subject:
     holdout: Holdout | None = None
     notes: tuple[str, ...] = field(default=())
     tokenizer: Any = None
+
+    def __repr__(self) -> str:
+        return f"Subject({self.name!r}, {self.model_name}, {self.data!r})"
 
     def __post_init__(self) -> None:
         """Ask the model for two rows, so that what does not fit is told before any work starts."""

@@ -13,6 +13,7 @@ from theodolite.activations.observables.observable import Observable
 from theodolite.activations.observables.segment import At, point_on_segment
 from theodolite.core.capture import activations, forward_nodes
 from theodolite.core.errors import InputError, ModelError
+from theodolite.core.view import model_input
 
 
 def propagate_modules(
@@ -35,7 +36,7 @@ def propagate_modules(
         raise InputError(f"prompts must be two inputs of one shape, got {[tuple(row.shape) for row in rows]}")
     if len(set(names)) != len(names):
         raise InputError(f"a module is named twice: {list(names)}")
-    both, node = torch.stack(rows), f"{names[-1]}:input"
+    both, node = model_input(model, torch.stack(rows)), f"{names[-1]}:input"
     ends = activations(model, both, [node])[node]
     if not ends.is_floating_point():
         raise InputError(

@@ -23,10 +23,11 @@ from theodolite.core.capture import forward_nodes
 from theodolite.core.errors import DataError, InputError
 from theodolite.core.memory import bytes_per_row, chunks
 from theodolite.core.transformer import decoder_parts, run_decoder, same_length
-from theodolite.core.view import evaluation_mode
+from theodolite.core.view import evaluation_mode, model_input
 
 Tokens = Sequence[int] | int | Literal["mean"] | None
 _RANDOM = 20
+_SAME = 1e-6  # share of the numbers' size that the rounding of float32 makes up; no more than that is no difference
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,11 +152,8 @@ def _aligned(feature: FeatureVector, ids: list[Tensor]) -> list[int]:
 def _read_modules(
     model: Any, feature: FeatureVector, observable: Observable, inputs: Any, memory: int | None
 ) -> Readings:
-    x = (
-        torch.as_tensor(inputs)
-        if isinstance(inputs, (Tensor, np.ndarray))
-        else torch.stack([*map(torch.as_tensor, inputs)])
-    )
+    whole = isinstance(inputs, Tensor) or hasattr(inputs, "__array__")
+    x = model_input(model, inputs if whole else torch.stack([*map(torch.as_tensor, inputs)]))
     if len(x) == 0:
         raise InputError("need at least one input")
     node = f"{feature.layer}:input"
@@ -207,8 +205,11 @@ def report(feature: FeatureVector, found: Readings, *, labels: Any = None, from_
 def _from_pair(feature: FeatureVector, prompts: Any, observable: Observable) -> int:
     if feature.pair is None:
         return 0
-    rows = prompts if feature.stream == "input" else as_prompts(prompts, observable.tokenizer)
-    return sum(any(torch.equal(torch.as_tensor(row), own) for own in feature.pair) for row in rows)
+    if feature.stream == "input":
+        rows = np.asarray(prompts) if hasattr(prompts, "__array__") and not isinstance(prompts, Tensor) else prompts
+    else:
+        rows = as_prompts(prompts, observable.tokenizer)
+    return sum(any(torch.equal(torch.as_tensor(row).to(own), own) for own in feature.pair) for row in rows)
 
 
 def _binary(labels: Any, n: int) -> np.ndarray:
@@ -222,7 +223,12 @@ def _binary(labels: Any, n: int) -> np.ndarray:
 
 def _line(scores: np.ndarray, observed: np.ndarray) -> tuple[float, float]:
     for what, values in (("the score y . x", scores), ("the observable", observed)):
-        if np.ptp(values) <= 1e-9 * max(1e-30, np.abs(values).max()):
+        if not np.isfinite(values).all():
+            raise DataError(
+                f"{what} is NaN or infinite for {int((~np.isfinite(values)).sum())} of {len(values)} prompts; check the inputs "
+                "and the model's weights"
+            )
+        if np.ptp(values) <= _SAME * np.abs(values).max():
             raise DataError(
                 f"{what} is the same for all prompts, so nothing can be predicted; give prompts that differ in it"
             )

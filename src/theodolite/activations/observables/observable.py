@@ -148,7 +148,7 @@ def varying_tokens(prompts: Sequence[Tensor]) -> list[int | None]:
     """In each prompt the last token of the one stretch in which it differs from its nearest prompt of the same length.
 
     Prompts that are made of templates and names differ in the name. None where there is no other prompt of that length, or
-    where the nearest one differs in several places.
+    where the nearest one differs in several places or in more than half of its tokens: then it has another template.
 
     >>> varying_tokens([torch.tensor([7, 1, 9]), torch.tensor([7, 2, 9]), torch.tensor([5])])
     [1, 1, None]
@@ -161,6 +161,7 @@ def varying_tokens(prompts: Sequence[Tensor]) -> list[int | None]:
             count = apart.sum(dim=1)
             count[count == 0] = table.shape[1] + 1  # itself, and the same prompt again
             nearest = apart[int(count.argmin())].nonzero()[:, 0]
-            if len(nearest) and int(nearest[-1] - nearest[0]) == len(nearest) - 1:
+            one_stretch = len(nearest) and int(nearest[-1] - nearest[0]) == len(nearest) - 1
+            if one_stretch and 2 * len(nearest) <= table.shape[1]:
                 found[place] = int(nearest[-1])
     return found

@@ -89,6 +89,8 @@ def propagate(
     """
     if norm not in ("exact", "scale", "none") or at not in ("boundary", "positive", "negative", "mean"):
         raise InputError("norm is 'exact', 'scale' or 'none'; at is 'boundary', 'positive', 'negative' or 'mean'")
+    if isinstance(path, (str, Component)):
+        raise InputError(f"a path is a tuple of components, or of names of modules; for one alone give ({path!r},)")
     if not isinstance(path, ComponentPath) and len(path) and all(isinstance(one, str) for one in path):
         if prompts is None:
             raise InputError("a path of modules needs prompts: (positive input, negative input)")

@@ -115,8 +115,11 @@ def _compared(Za: Rows, Zb: Rows, exclude: Iterable[int] | np.ndarray | Tensor |
     if len(a) != len(b):
         raise InputError(f"the spaces must hold the same items in the same order, got {len(a)} and {len(b)} rows")
     if exclude is not None:
+        left_out = exclude.cpu().numpy() if isinstance(exclude, Tensor) else np.asarray(list(exclude))
+        if left_out.dtype == bool:
+            raise InputError("exclude names items by their numbers, not by a mask; give np.flatnonzero(mask)")
         keep = torch.ones(len(a), dtype=torch.bool)
-        for item in np.asarray(list(exclude), dtype=np.int64).tolist():
+        for item in left_out.astype(np.int64).tolist():
             if not 0 <= item < len(a):
                 raise InputError(f"item {item} cannot be excluded: there are items 0 to {len(a) - 1}")
             keep[item] = False
@@ -172,7 +175,8 @@ def _ranks(across: Tensor, own: Tensor) -> Tensor:
 
 
 def _linear_cka(a: Tensor, b: Tensor) -> float:
-    """|A^T B|^2 / (|A^T A| |B^T B|) of centred columns, in float64."""
+    """|A^T B|^2 / (|A^T A| |B^T B|) of centred columns, in float64; it keeps no scale, so the fourth powers need not overflow."""
+    a, b = (space / space.abs().max() for space in (a, b))
     mean_a, mean_b = a.double().mean(dim=0), b.double().mean(dim=0)
     cross, own_a, own_b = (torch.zeros(len(p), len(q), dtype=torch.float64, device=a.device) for p, q in
                            ((mean_a, mean_b), (mean_a, mean_a), (mean_b, mean_b)))  # fmt: skip

@@ -5,6 +5,7 @@ __all__ = ["SELECTIONS", "select_anchors"]
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Int64
 from sklearn.cluster import KMeans
@@ -32,7 +33,7 @@ def select_anchors(
     ``start`` (at random where left out); "kmeans" the row nearest to each of the centroids; "top" the first rows (of words
     sorted by frequency); "stratified" as many of each class of ``y`` (row,) as of any other, at random.
 
-    Raises InputError where there are fewer rows than anchors, DataError where ``y`` has one class.
+    Raises InputError where there are fewer rows than anchors, DataError where ``y`` has one class or a row has none.
 
     Source: Moschella et al., 2022, arXiv:2209.15430, section 3 and appendix.
 
@@ -98,6 +99,9 @@ def _stratified(y: Any, n: int, count: int, rng: np.random.Generator) -> np.ndar
     labels = np.asarray(y)
     if labels.shape != (n,):
         raise InputError(f"y must hold one class for each of the {n} rows, got shape {labels.shape}")
+    missing = np.flatnonzero(np.asarray(pd.isna(labels)))
+    if len(missing):
+        raise DataError(f"row {missing[0]} has no class: leave such rows out or give them one")
     classes, inverse = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
         raise DataError(

@@ -6,6 +6,7 @@ import math
 import warnings
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,7 +16,7 @@ from theodolite.core.errors import DataError, InputError
 
 SIMILARITIES = ("cosine", "inner", "basis", "euclidean")
 
-Rows = Tensor | np.ndarray
+Rows = Tensor | np.ndarray | pd.DataFrame
 """Latent vectors (row, width). The shape is checked with an error that says what to do, so it is not in the type."""
 
 
@@ -49,6 +50,12 @@ def relative(Z: Rows, anchors: Rows, *, similarity: str = "cosine") -> Float[Ten
 
 def latents(Z: Rows, name: str = "Z") -> Tensor:
     """Latent vectors as a tensor (row, width) of float32 or float64, checked."""
+    if not isinstance(Z, Tensor):
+        Z = np.asarray(Z)
+        if Z.dtype.kind not in "biuf":
+            raise InputError(f"{name} must hold numbers, got {Z.dtype}")
+        if min(Z.strides, default=0) < 0:  # a view read backwards, which no tensor can be
+            Z = Z.copy()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writ")  # a mapped file; nothing here writes
         tensor = torch.as_tensor(Z)

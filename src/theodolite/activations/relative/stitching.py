@@ -2,7 +2,9 @@
 
 __all__ = ["RelativeLayer", "stitch", "stitching_table"]
 
+import warnings
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from jaxtyping import Float
 from sklearn.metrics import check_scoring
 from torch import Tensor, nn
 
+from theodolite.activations.relative.agreement import RelativeWarning
 from theodolite.activations.relative.projection import RelativeProjection
 from theodolite.activations.relative.similarity import SIMILARITIES, Rows, latents, similarities
 from theodolite.core.errors import InputError
@@ -127,12 +130,14 @@ def stitching_table(
     Columns: score; stitched, True where encoder and head differ; representation, "relative" or "absolute"; permuted, the
     control, the score with the encoder's columns in another order. No item should be an anchor.
 
-    Raises InputError where the encoders have different numbers of anchors or X lacks one of them.
+    Raises InputError where the encoders have different numbers of anchors or X lacks one of them; warns with `RelativeWarning`
+    where two have the same anchors in another order.
 
     Source: Moschella et al., 2022, arXiv:2209.15430, section 5.
     """
     if not spaces or not heads:
         raise InputError("need at least one space and one head")
+    _tell_sorted({name: space for name, space in spaces.items() if isinstance(space, RelativeProjection)})
     targets = np.asarray(y)
     vectors = {name: _vectors(name, space, X) for name, space in spaces.items()}
     widths = {name: each.shape[1] for name, each in vectors.items()}
@@ -165,10 +170,23 @@ def stitching_table(
     return pd.DataFrame(list(rows.values()), index=index)
 
 
+def _tell_sorted(projections: dict[str, RelativeProjection]) -> None:
+    """Warn where two spaces have the same anchors in another order, as when they were sorted in one of them."""
+    fitted = [(name, made.anchor_index_) for name, made in projections.items() if hasattr(made, "anchor_index_")]
+    for (one, first), (other, second) in pairwise(fitted):
+        if not np.array_equal(first, second) and np.array_equal(np.sort(first), np.sort(second)):
+            warnings.warn(
+                f"{one!r} and {other!r} have the same anchors in another order, so their columns do not go together: fit both "
+                "with one list, anchor_index=first.anchor_index_",
+                RelativeWarning,
+                stacklevel=3,
+            )
+
+
 def _vectors(name: str, space: RelativeProjection | Rows, X: Any) -> Any:
     if not isinstance(space, RelativeProjection):
         latents(space, f"space {name!r}")
-        return space
+        return space.to_numpy() if isinstance(space, pd.DataFrame) else space
     if isinstance(X, Mapping):
         if name not in X:
             raise InputError(f"X has no latents of {name!r}; it has {', '.join(map(repr, X)) or 'none'}")

@@ -81,6 +81,10 @@ class Site:
     adapted: Adapted
     weight: nn.Parameter
 
+    def __post_init__(self) -> None:
+        names = [(attribute, list(module._parameters)) for module, attribute in self.owners]
+        self._later = [every[every.index(attribute) + 1 :] for attribute, every in names]
+
     def attach(self) -> None:
         """Put the parametrization on every owner."""
         for module, attribute in self.owners:
@@ -96,9 +100,12 @@ class Site:
         self.put(weight)
 
     def put(self, weight: nn.Parameter) -> None:
-        """``weight`` as the plain parameter of every owner."""
-        for module, attribute in self.owners:
+        """``weight`` as the plain parameter of every owner, in its old place among the parameters."""
+        for (module, attribute), later in zip(self.owners, self._later, strict=True):
             setattr(module, attribute, weight)
+            for name in later:  # optimisers and vectors of weights go by the order
+                if name in module._parameters:
+                    module._parameters[name] = module._parameters.pop(name)
 
     def check(self) -> None:
         """Raise ModelError where the owners have any other parametrizations than this one."""

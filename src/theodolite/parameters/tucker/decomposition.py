@@ -175,7 +175,7 @@ def budget_ranks(shape: Sequence[int], budget: int, *, keep_kernel: bool = True)
     """
     shape = tuple(int(size) for size in shape)
     least = parameter_count(shape, [1] * len(shape))
-    if budget < least:
+    if not budget >= least:
         raise InputError(
             f"a budget of {budget} numbers is too small for a weight of shape {shape}: rank 1 in every mode takes {least}"
         )
@@ -266,6 +266,9 @@ def cp_approximation(tensor: Shaped[Tensor, "..."], rank: int, *, max_iter: int 
     T = _prepared(tensor)
     if rank < 1:
         raise InputError(f"a sum of outer products needs rank >= 1, got {rank}")
+    if not bool(T.any()):  # least squares have no one answer
+        zeros = tuple(T.new_zeros(size, rank).to(tensor) for size in T.shape)
+        return Tucker(_diagonal(torch.ones(rank), T.ndim).to(tensor), zeros, 0.0)
     generator = torch.Generator().manual_seed(seed)
     factors = []
     for mode, size in enumerate(T.shape):
@@ -321,6 +324,10 @@ def compare_structures(delta: Mapping[str, Tensor], budgets: object) -> pd.DataF
         raise InputError(f"need at least one update and one budget, got {len(delta)} and {len(points)}")
     rows = []
     for layer, update in delta.items():
+        try:
+            _prepared(update)
+        except DataError as error:
+            raise DataError(f"{layer}: {error}") from error
         for point in points:
             budget, ranks = _point(layer, update, point)
             for method, parameters, error in _structures(update, budget, ranks):

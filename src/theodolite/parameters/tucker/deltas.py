@@ -8,7 +8,7 @@ Source: Si et al., 2024, arXiv:2405.14739; LoRA is Hu et al., 2021, arXiv:2106.0
 __all__ = ["CPDelta", "Delta", "FullDelta", "LoraDelta", "TuckerDelta", "cp_delta", "lora_delta"]
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from numbers import Integral, Real
 
 import torch
@@ -214,7 +214,7 @@ def _generator(seed: int | None) -> torch.Generator | None:
 
 
 def _check_shape(shape: object) -> tuple[int, ...]:
-    sizes = tuple(int(size) for size in shape) if isinstance(shape, Sequence) else ()
+    sizes = tuple(int(size) for size in shape) if isinstance(shape, Iterable) else ()
     if not sizes or min(sizes) < 1:
         raise InputError(f"a weight's shape is one or more positive sizes, got {shape!r}")
     return sizes

@@ -261,5 +261,7 @@ def _check_options(kind: str, init: str, dropout: float, statistics: str, tied: 
             raise InputError(f"{name} is one of {', '.join(allowed)}, got {value!r}")
     if not 0 <= dropout < 1:
         raise InputError(f"dropout must be at least 0 and below 1, got {dropout}")
+    if group is not None and not isinstance(group, Mapping):
+        raise InputError(f"group maps the name of each stack to patterns of its weights, got {group!r}")
     if group and kind not in ("tucker", "cp"):
         raise InputError(f'only kind="tucker" and "cp" know stacks of weights; got group with kind="{kind}"')

@@ -13,7 +13,7 @@ from scipy.optimize import linprog
 from theodolite.core.errors import DataError, InputError
 from theodolite.core.memory import DEFAULT_BUDGET, chunks
 from theodolite.predictions.label_geometry.metric import Label, LabelMetric
-from theodolite.predictions.label_geometry.trees import farthest, tree_locus
+from theodolite.predictions.label_geometry.trees import as_metric, farthest, tree_locus
 
 _LARGEST_EXACT = 48
 _LARGEST_PAIRS = 20_000_000_000
@@ -135,7 +135,7 @@ def next_class(metric: LabelMetric | nx.Graph, observed: Iterable[Label], n: int
     """
     if n < 1:
         raise InputError(f"n must be at least 1, got {n}")
-    known = metric if isinstance(metric, LabelMetric) else LabelMetric.from_graph(metric)
+    known = as_metric(metric)
     chosen = known.names(np.unique(known.index(observed)))
     if known.is_tree and known.tree().all_labelled:
         return farthest(known, chosen, n)

@@ -11,6 +11,7 @@ from typing import Any
 
 import networkx as nx
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int
 from scipy import sparse
 from scipy.sparse import csgraph
@@ -23,6 +24,8 @@ from theodolite.predictions.label_geometry.rooted import RootedTree
 Label = Hashable
 _LARGEST_BLOCK = 4 << 30
 _STEP_BYTES = 1 << 28
+_LARGEST = 1e150
+"""Above it squares leave the range of a float64."""
 
 
 @dataclass(frozen=True)
@@ -106,18 +109,20 @@ class LabelMetric:
     def from_matrix(cls, distances: Any, labels: Iterable[Label]) -> "LabelMetric":
         """Precomputed distances (N, N), rows and columns in the order of ``labels``; one that is no metric warns.
 
-        DataError for entries that are negative, not finite or not symmetric.
+        A data frame whose rows and columns bear the labels' names is put in their order. DataError for entries that are negative, not finite or not symmetric.
         """
         names = names_of(labels)
+        for axis in (0, 1):
+            distances = in_order(distances, names, axis=axis)
         d = np.asarray(distances, dtype=np.float64)
         if d.shape != (len(names), len(names)):
             raise DataError(f"{len(names)} labels need a matrix of that many rows and columns, got {d.shape}")
         for part in chunks(len(d), 64.0 * len(d), _STEP_BYTES):
             rows, back = d[part], d[:, part].T
-            if not (rows >= 0).all() or np.isinf(rows).any():
-                i, j = np.argwhere(~((rows >= 0) & np.isfinite(rows)))[0]
+            if not ((rows >= 0) & (rows <= _LARGEST)).all():
+                i, j = np.argwhere(~((rows >= 0) & (rows <= _LARGEST)))[0]
                 what = f"{names[part.start + int(i)]!r} to {names[int(j)]!r} is {rows[i, j]}"
-                raise DataError(f"distances must be finite and not negative; {what}")
+                raise DataError(f"distances must be finite (at most {_LARGEST:g}) and not negative; {what}")
             if not np.allclose(rows, back, rtol=1e-6, atol=1e-9 * float(rows.max(initial=0.0))):
                 i, j = np.unravel_index(int(np.abs(rows - back).argmax()), rows.shape)
                 there = f"{names[part.start + int(i)]!r} to {names[int(j)]!r} is {rows[i, j]}, back {back[i, j]}"
@@ -145,9 +150,13 @@ class LabelMetric:
         In many dimensions rows tend to be equally far from each other, which leaves nothing to gain: look at `spread`.
         """
         names = names_of(labels)
-        e = np.asarray(embeddings, dtype=np.float64)
+        e = np.asarray(in_order(embeddings, names, axis=0), dtype=np.float64)
         if e.ndim != 2 or len(e) != len(names) or not np.isfinite(e).all():
             raise DataError(f"{len(names)} labels need finite embeddings of shape ({len(names)}, d), got {e.shape}")
+        if len(e) and np.abs(e).max() > _LARGEST:
+            raise DataError(
+                f"embeddings up to {np.abs(e).max():.3g} have no squared distances in float64; rescale them"
+            )
         return cls(names, embeddings=e)
 
     @classmethod
@@ -366,6 +375,27 @@ def random_tree_metric(labels: Iterable[Label], *, seed: int = 0) -> LabelMetric
 def plain(label: Any) -> Label:
     """A numpy scalar as the Python value that it stands for, so that names compare equal whatever array they came from."""
     return label.item() if isinstance(label, np.generic) else label
+
+
+def in_order(values: Any, names: Iterable[Label], *, axis: int) -> Any:
+    """A data frame with its rows (axis 0) or columns (1) in the order of ``names``, where it bears these names.
+
+    Anything else, and a frame that bears none of them, is returned as it is: its order is taken at its word. DataError for a
+    frame that bears only some of them.
+    """
+    if not isinstance(values, pd.DataFrame) or isinstance(values.axes[axis], pd.RangeIndex):
+        return values
+    wanted = [plain(name) for name in names]
+    position = {plain(name): i for i, name in enumerate(values.axes[axis])}
+    if not position.keys() & set(wanted):
+        return values
+    if position.keys() != set(wanted) or values.shape[axis] != len(wanted):
+        other = [name for name in [*wanted, *position] if name not in position or name not in wanted]
+        raise DataError(
+            f"the data frame's {('rows', 'columns')[axis]} are only in part the {len(wanted)} labels, different are "
+            f"{other[:5]}; give it exactly their names, or its .to_numpy() with them in order"
+        )
+    return values.take([position[name] for name in wanted], axis=axis)
 
 
 def names_of(labels: Iterable[Label]) -> tuple[Label, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from theodolite.core.errors import DataError, InputError, ModelError
 from theodolite.core.memory import DEFAULT_BUDGET, chunks
-from theodolite.predictions.label_geometry.metric import Label, LabelMetric, plain
+from theodolite.predictions.label_geometry.metric import Label, LabelMetric, in_order, plain
 from theodolite.predictions.label_geometry.rooted import RootedTree
 from theodolite.predictions.label_geometry.trees import candidates
 
@@ -29,7 +29,7 @@ class FrechetPredictor(BaseEstimator):
     """y(x) = argmin over all labels y of sum_i P(l_i | x) d(y, l_i)^2; with all distances equal it is argmax.
 
     metric: distances between all labels, by name. observed: the labels that the probabilities are about, in the order of
-    their columns. temperature: probabilities are sharpened to p^(1/T) / sum, which is softmax(logits / T).
+    their columns (a data frame whose columns bear these names may have them in any order). temperature: probabilities are sharpened to p^(1/T) / sum, which is softmax(logits / T).
     chunk_size: labels whose scores are held at a time. Ties go to the label that comes first in ``metric.labels``;
     `ties_` counts the tied rows of the last prediction. `temperature_` is what `fit_temperature` chose.
 
@@ -113,7 +113,7 @@ class FrechetPredictor(BaseEstimator):
         return self.metric.between(self._columns, self._candidates[start:stop]) ** 2
 
     def _check(self, probabilities: Any) -> np.ndarray:
-        p = as_array(probabilities)
+        p = as_array(in_order(probabilities, self.observed, axis=1))
         if p.dtype.kind not in "fiub":
             raise InputError(f"probabilities must be numbers, got an array of {p.dtype}")
         k = len(self._columns)
@@ -207,7 +207,7 @@ class FrechetPredictor(BaseEstimator):
         Each row's own label is left out of its logits, so that it stands for a label that was never seen. Rows of labels
         that are not observed have nothing to leave out and are passed over.
         """
-        z = as_array(logits).astype(np.float64)
+        z = as_array(in_order(logits, self.observed, axis=1)).astype(np.float64)
         truth = self.metric.index(y)
         k = len(self._columns)
         if z.ndim != 2 or z.shape != (len(truth), k):

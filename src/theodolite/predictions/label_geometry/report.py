@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from theodolite.core.errors import InputError
 from theodolite.core.estimate import bootstrap
-from theodolite.predictions.label_geometry.metric import Label, LabelMetric
+from theodolite.predictions.label_geometry.metric import Label, LabelMetric, in_order
 from theodolite.predictions.label_geometry.predictor import FrechetPredictor, as_array, observed_columns
 
 
@@ -63,7 +63,7 @@ def adaptation_report(
     >>> report.msd_argmax, report.msd_frechet, report.share_unseen_predictions
     (2.0, 0.0, 0.5)
     """
-    p = as_array(probabilities)
+    p = as_array(in_order(probabilities, observed, axis=1))
     truth, columns = metric.index(y), observed_columns(metric, observed)
     if len(p) != len(truth) or len(p) == 0:
         raise InputError(f"need as many labels as rows and at least one, got {len(p)} rows and {len(truth)} labels")

@@ -13,9 +13,19 @@ from theodolite.predictions.label_geometry.metric import Label, LabelGraph, Labe
 from theodolite.predictions.label_geometry.rooted import RootedTree
 
 
+def as_metric(metric: LabelMetric | nx.Graph) -> LabelMetric:
+    """A metric, from itself or from a networkx graph; InputError for anything else."""
+    if not isinstance(metric, LabelMetric | nx.Graph):
+        raise InputError(
+            f"expected a LabelMetric or a networkx graph, got a {type(metric).__name__}; of an edge list make one by "
+            "LabelMetric.from_edges(edges)"
+        )
+    return metric if isinstance(metric, LabelMetric) else LabelMetric.from_graph(metric)
+
+
 def as_tree(tree: LabelMetric | nx.Graph) -> LabelMetric:
     """A metric that is a tree, from itself or from a networkx tree; InputError for a graph that is none."""
-    metric = tree if isinstance(tree, LabelMetric) else LabelMetric.from_graph(tree)
+    metric = as_metric(tree)
     metric.tree()
     return metric
 
