@@ -363,7 +363,9 @@ def test_an_empty_body_leaves_no_node():
     assert "block" not in found.labels
 
 
-@pytest.mark.parametrize("code", ["x = (", "def f(:\n  pass", "", "# nothing", '"""only a docstring"""'])
+@pytest.mark.parametrize(
+    "code", ["x = (", "def f(:\n  pass", "", "# nothing", '"""only a docstring"""', "x = '\ud800'"]
+)
 @pytest.mark.parametrize("parse", [parse_python, parsing._by_ast])
 def test_what_does_not_parse_is_told(parse, code):
     with pytest.raises(ParseError):
@@ -732,7 +734,9 @@ def test_normalising_scales_each_vector(exact):
     probe = ASTProbe()
     probe._learn_scale([rows])
     assert torch.allclose(probe._scaled(rows).norm(dim=1), torch.full((50,), 0.25 * 4), atol=1e-5)
-    assert torch.isfinite(probe._scaled(torch.zeros(1, 16))).all()
+    for size in (1e-30, 1e30):
+        assert torch.allclose(probe._scaled(rows / 1e4 * size), probe._scaled(rows), atol=1e-5)
+    assert torch.equal(probe._scaled(torch.zeros(1, 576)), torch.zeros(1, 576))
     z = ASTProbe(normalise="zscore", scale=2.0)
     z._learn_scale([rows])
     assert torch.allclose(z._scaled(rows).std(dim=0, correction=0), torch.full((16,), 2.0), atol=1e-4)
@@ -891,6 +895,8 @@ def test_sweeps(exact):
     assert curve.reference == pytest.approx(by_rank["f1"].max())
     assert curve.smallest().dimension == width
     assert short.rank == width
+    with pytest.raises(InputError, match="layer 3 has states to train on"):
+        layer_sweep({0: hidden, 3: hidden}, train, {0: held}, test, probe=short)
     with pytest.raises(InputError, match="ranks must increase"):
         rank_sweep(hidden, train, held, test, [4, 2])
 

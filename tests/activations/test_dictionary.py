@@ -308,6 +308,20 @@ def test_sizes_that_do_not_go_together(given, words):
         SparseAutoencoder(*given)
 
 
+def test_rows_of_any_precision_and_size_train_the_same_dictionary():
+    x = sparse_rows(300)[0].half().float()
+
+    def trained(rows):
+        sae = SparseAutoencoder(16, 24, "topk", k=2)
+        return train_sae(sae, rows, epochs=3, lr=3e-3).fvu, sae
+
+    wanted, sae = trained(x)
+    for rows in (x.double(), x.half(), x.clone().requires_grad_(), 1e25 * x, 1e-25 * x):
+        assert np.allclose(trained(rows)[0], wanted, rtol=1e-3)
+    assert torch.allclose(sae.encode(x.double()), sae.encode(x))
+    assert torch.allclose(sae(x.bfloat16()).reconstruction, sae(x.bfloat16().float()).reconstruction)
+
+
 def test_rows_that_cannot_be_trained_on():
     sae = SparseAutoencoder(4, 8)
     with pytest.raises(InputError, match="width 4"):

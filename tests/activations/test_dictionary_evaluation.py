@@ -9,6 +9,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.exceptions import NotFittedError
 from sklearn.metrics import f1_score, precision_score, recall_score
 from torch import nn
 
@@ -77,6 +78,14 @@ def test_a_supervised_edit_moves_one_attribute():
     wanted = acts - codes["a"][places["a"]] + codes["a"][[1 if value == "y" else 0 for value in new]]
     assert torch.allclose(made.edit(acts, "a", table["a"].tolist(), new), wanted)
     assert torch.allclose(made.reconstruct(table), acts)
+    every = made.edit(acts, "a", table["a"], "y")
+    assert torch.equal(every, made.edit(acts, "a", table["a"], ["y"] * len(acts)))
+    joined = SupervisedDictionary(products=(("a", "b"),)).fit(acts, table)
+    pairs = list(zip(table["a"], table["b"], strict=True))
+    wanted = joined.edit(acts, ("a", "b"), pairs, [("y", 0)] * len(acts))
+    assert torch.equal(joined.edit(acts, ("a", "b"), pairs, ("y", 0)), wanted)
+    with pytest.raises(InputError, match=f"{len(acts)} rows need as many values of 'a' or one for all, got 2"):
+        made.edit(acts, "a", table["a"], ["y", "y"])
 
 
 def test_products_are_attributes_of_their_own():
@@ -112,6 +121,10 @@ def test_what_supervised_codes_cannot_be_made_of():
     acts = torch.randn(4, 3)
     with pytest.raises(DataError, match="'a' has a single value, 1"):
         SupervisedDictionary().fit(acts, {"a": [1, 1, 1, 1]})
+    with pytest.raises(DataError, match="'a' has missing values"):
+        SupervisedDictionary().fit(acts, {"a": ["p", None, "q", "q"]})
+    with pytest.raises(NotFittedError):
+        SupervisedDictionary().reconstruct({"a": ["p"]})
     with pytest.raises(InputError, match="4 activations but 3"):
         SupervisedDictionary().fit(acts, {"a": [1, 1, 2]})
     with pytest.raises(InputError, match="kind"):
@@ -165,6 +178,10 @@ def test_a_feature_of_a_group_is_found():
 def test_patterns_are_of_bool_and_not_of_codes():
     with pytest.raises(InputError, match="of bool"):
         feature_f1(torch.rand(4, 2), {"a": [0, 0, 1, 1]})
+    with pytest.raises(DataError, match="'a' has missing values"):
+        feature_f1(torch.rand(4, 2) > 0, {"a": [0, np.nan, 1, 1]})
+    with pytest.raises(InputError, match="at least one attribute"):
+        feature_f1(torch.rand(4, 2) > 0, pd.DataFrame(index=range(4)))
     with pytest.raises(InputError, match="4 rows of features, 3"):
         feature_f1(torch.rand(4, 2) > 0, {"a": [0, 0, 1]})
 
@@ -175,8 +192,9 @@ def test_weights_sum_to_one(seed):
     rng = torch.Generator().manual_seed(seed)
     f, decoder = torch.randn(20, 9, generator=rng).relu(), torch.randn(9, 5, generator=rng)
     f[0] = 0
-    total = feature_weights(f, decoder, torch.randn(5, generator=rng)).sum(dim=1)
-    assert torch.allclose(total, (f > 0).any(dim=1).float(), atol=1e-4)  # a row with no feature on has no weights
+    for size in (1, 1e-20, 1e25):
+        total = feature_weights(size * f, decoder, torch.randn(5, generator=rng)).sum(dim=1)
+        assert torch.allclose(total, (f > 0).any(dim=1).float(), atol=1e-4)  # a row with no feature on has no weights
     with pytest.raises(InputError, match="do not go together"):
         feature_weights(f, decoder[:4])
 

@@ -1,17 +1,21 @@
 import itertools
+import json
 import math
 import warnings
 
 import networkx as nx
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
+from sklearn.datasets import load_iris
 from sklearn.exceptions import NotFittedError
 from torch import nn
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
 from theodolite.activations import _basis
 from theodolite.activations.interaction_basis import (
@@ -32,6 +36,7 @@ from theodolite.activations.interaction_basis import (
 )
 from theodolite.activations.interaction_basis.effective import _split_r_hat
 from theodolite.activations.interaction_basis.modules import _rewired
+from theodolite.cli import app
 from theodolite.core.capture import ActivationError, CaptureError
 from theodolite.core.errors import DataError, InputError
 from theodolite.core.memory import peak_memory
@@ -757,3 +762,50 @@ def test_the_residual_stream_of_a_decoder_is_a_chain(decoder):
         decoder, ids, layers=["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj"], n_probes=4
     )
     assert [row.activation for row in report.rows] == ["", "silu"]
+
+
+def tables(x):
+    """One array of float32 rows in the containers and precisions that people have them in."""
+    closed = x.numpy().copy()
+    closed.flags.writeable = False
+    return [pd.DataFrame(x.numpy()), x.numpy().astype(np.float64), x.tolist(), closed]
+
+
+def test_rows_may_come_in_any_container_and_precision():
+    net, x = network(5, 8, 3).float(), normal(60, 5).float()
+    chain = [net[:2], net[2]]
+    frame = degeneracy(net, x).to_frame()
+    hessian = behavioural_hessian(net, x, ["2.bias"])
+    for rows in tables(x):
+        for made in (InteractionBasis(chain), InteractionBasis.from_module(net, ["input", "1"])):
+            wanted, basis = clone(made).fit(x), made.fit(rows)
+            E = interactions(wanted, x)[0]  # a table lies in memory the other way round: rounding differs in float32
+            assert torch.allclose(interactions(basis, rows)[0], E, rtol=1e-3, atol=1e-5 * float(E.max()))
+        assert degeneracy(net, rows).to_frame().equals(frame)
+        assert torch.allclose(behavioural_hessian(net, rows, "2.bias"), hessian)
+    with pytest.raises(InputError, match="one array of numbers"):
+        InteractionBasis(chain).fit([[1.0, 2.0], [1.0]])
+    with pytest.raises(InputError, match="one array of numbers"):
+        InteractionBasis(chain).fit(pd.DataFrame({"a": ["x", "y"]}))
+
+
+def test_a_layer_may_be_named_without_a_list():
+    net, x = network(5, 8, 3), normal(30, 5)
+    assert [row.name for row in degeneracy(net, x, layers="2").rows] == ["2"]
+
+
+def test_the_command_names_the_layers_as_they_are(tmp_path):
+    load_iris(as_frame=True).frame.to_csv(tmp_path / "iris.csv", index=False)
+    flags = ["--data", str(tmp_path / "iris.csv"), "--target", "target", "--task", "classification", "--epochs", "5"]
+    command = ["run", "interaction-basis", *flags, "--nodes", "hidden1_relu, hidden2_relu"]
+    told = CliRunner().invoke(app, command)
+    assert told.exit_code == 0, told.output
+    assert "hidden1_relu" in told.output
+    found = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert list(found["layers"]) == ["hidden1_relu", "hidden2_relu", "output"]
+    last = found["layers"]["output"]
+    assert last["width"] == 3 >= last["directions"] == len(last["eigenvalues"])
+    assert 0 <= found["free_directions"] < found["weights_of_linear_layers"]
+    lost = CliRunner().invoke(app, ["run", "interaction-basis", *flags, "--nodes", "nowhere"])
+    assert lost.exit_code == 1
+    assert "hidden1_relu" in str(lost.exception)

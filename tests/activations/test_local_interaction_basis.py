@@ -1,17 +1,22 @@
 import itertools
+import json
 import math
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
+from sklearn.datasets import load_iris
 from sklearn.exceptions import NotFittedError
 from torch import nn
+from typer.testing import CliRunner
 
 from theodolite.activations._basis import DegenerateLayerError, RankWarning
+from theodolite.activations.interaction_basis import InteractionBasis, interactions
 from theodolite.activations.local_interaction_basis import (
     AblationCurve,
     EvaluationModeWarning,
@@ -29,6 +34,7 @@ from theodolite.activations.local_interaction_basis import (
     interaction_graph,
     norm_halves,
 )
+from theodolite.cli import app
 from theodolite.core.capture import ActivationError, CaptureError
 from theodolite.core.curve import QualityCurve
 from theodolite.core.dictionary import Dictionary, explained_variance, stability
@@ -627,3 +633,78 @@ def test_what_is_no_norm_is_not_cut_and_what_is_not_cut_is_not_isolated():
         norm_halves(torch.nn.Identity())
     with pytest.raises(InputError, match="norm_halves"):
         LocalInteractionBasis([torch.nn.Linear(3, 2)], isolate_ln_var=True).fit(torch.randn(20, 3))
+
+
+def test_rows_may_come_in_any_container_and_precision():
+    net, x = network(5, 8, 3).float(), normal(60, 5).float()
+    wanted = fitted(net, x)
+    score = accuracy(net(x).argmax(dim=1))
+    E = edges(wanted, x, 0)
+    for rows in (pd.DataFrame(x.numpy()), x.numpy().astype(np.float64)):
+        basis = fitted(net, rows)
+        assert torch.allclose(edges(basis, rows, 0), E, rtol=1e-3, atol=1e-5 * float(E.max()))
+        assert attributions(basis, rows, 0).shape == attributions(wanted, x, 0).shape
+        assert np.array_equal(ablate_nodes(basis, rows, score, 1).score, ablate_nodes(wanted, x, score, 1).score)
+        assert ablate_edges(basis, rows, score, 0, E, [E.numel()]).score == 1.0
+
+
+def test_the_global_basis_of_the_sister_method_has_edges_and_ablations_too():
+    net, x = network(4, 8, 3), normal(200, 4)
+    score = accuracy(net(x).argmax(dim=1))
+    sister = InteractionBasis.from_module(net, ["input", "1"]).fit(x)
+    same = fitted(net, x, target="output", rtol=1e-10, rotate_output=True)
+    for layer in range(2):
+        E = edges(sister, x, layer)
+        assert torch.allclose(E, interactions(sister, x)[layer])
+        assert torch.allclose(E, edges(same, x, layer), rtol=1e-6, atol=1e-9 * float(E.max()))
+    assert edges_required(sister, x, score, 0, drop=0.05) == edges_required(same, x, score, 0, drop=0.05)
+    assert ablate_nodes(sister, x, score, 1).name == "interaction basis features"
+    assert ablate_nodes(sister.baseline("pca"), x, score, 1).name == "pca features"
+    assert len(interaction_graph(sister, x).edges) > 0
+
+
+def test_class_labels_may_be_a_table_column_and_names_are_refused():
+    output = torch.tensor([[2.0, 1.0], [3.0, 1.0]])
+    assert accuracy(pd.Series([0, 1], index=[7, 9]))(output) == 0.5
+    with pytest.raises(DataError, match="whole numbers"):
+        accuracy(["cat", "dog"])
+
+
+def test_a_mask_that_fits_no_node_is_refused():
+    x = normal(10, 5, 4)
+    chain = [nn.Linear(4, 3).double()]
+    with pytest.raises(InputError, match="4 positions, and no node has as many"):
+        LocalInteractionBasis(chain).fit(x, mask=torch.ones(10, 4, dtype=torch.bool))
+    basis = LocalInteractionBasis(chain).fit(x)
+    with pytest.raises(InputError, match="no node has as many"):
+        edges(basis, x, 0, mask=torch.ones(10, 6, dtype=torch.bool))
+
+
+def test_whole_numbers_are_refused_before_the_network_runs():
+    with pytest.raises(InputError, match="start at the embedding"):
+        fitted(network(4, 8, 3), torch.ones(20, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("given", [3, nn.Linear(2, 2)])
+def test_sections_that_are_no_list_are_refused(given):
+    with pytest.raises(InputError, match="list of callables"):
+        LocalInteractionBasis(given).fit(normal(5, 2))
+
+
+def test_the_command_compares_the_bases_it_is_asked_for(tmp_path):
+    load_iris(as_frame=True).frame.to_csv(tmp_path / "iris.csv", index=False)
+    flags = ["--data", str(tmp_path / "iris.csv"), "--target", "target", "--task", "classification", "--epochs", "5"]
+    command = ["run", "local-interaction-basis", *flags, "--nodes", "hidden1_relu,hidden2_relu", "--against", "pca"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotMonotoneWarning)
+        told = CliRunner().invoke(app, [*command, "--drop", "0.1", "--json"])
+        lost = CliRunner().invoke(app, [*command[:-1], "nothing"])
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.stdout)
+    assert {"lib", "pca"} <= set(found)
+    assert "neuron" not in found
+    for kind in ("lib", "pca"):
+        pair = found[kind]["hidden1_relu -> hidden2_relu"]
+        assert 0 <= pair["edges_required"] <= math.prod(pair["matrix"])
+    assert lost.exit_code == 1
+    assert "pca, neuron, random" in str(lost.exception)

@@ -135,6 +135,21 @@ def test_agreement_is_brute_force():
     assert cut.mrr == pytest.approx(np.mean([1 / r if r <= 3 else 0 for r in ranks]))
 
 
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+def test_agreement_keeps_no_scale(size):
+    a, b = normal(30, 4).double(), normal(30, 4, seed=1).double()
+    assert latent_agreement(size * a, size * b).cka == pytest.approx(latent_agreement(a, b).cka)
+
+
+def test_frames_and_views_read_backwards_are_arrays():
+    a, b = normal(30, 4).numpy(), normal(30, 4, seed=1).numpy()
+    wanted = latent_agreement(a[::-1].copy(), b[::-1].copy())
+    assert latent_agreement(a[::-1], b[::-1]) == wanted
+    assert latent_agreement(pd.DataFrame(a[::-1]), pd.DataFrame(b[::-1])) == wanted
+    backwards = RelativeProjection(5).fit(a[::-1]).transform(a[::-1])
+    assert np.array_equal(backwards, RelativeProjection(5).fit(a[::-1].copy()).transform(a[::-1].copy()))
+
+
 def test_neighbours_are_scikit_learns():
     a, b = normal(80, 5), normal(80, 5, seed=1)
     index = NearestNeighbors(n_neighbors=4, metric="cosine", algorithm="brute").fit(b.numpy())
@@ -438,7 +453,9 @@ def test_a_head_reads_a_rotated_encoder_as_its_own_and_no_permuted_anchors():
     wrong = spaces | {"two": spaces["one"]}
     assert stitching_table(wrong, {"one": head}, latents, y[900:], scorer="accuracy").score.loc[("two", "one")] < 0.4
     turned = spaces | {"two": RelativeProjection(normalize=True).fit(two(x[:900]), anchor_index=index[::-1].copy())}
-    assert stitching_table(turned, {"one": head}, latents, y[900:], scorer="accuracy").score.loc[("two", "one")] < 0.4
+    with pytest.warns(RelativeWarning, match="'one' and 'two' have the same anchors in another order"):
+        table = stitching_table(turned, {"one": head}, latents, y[900:], scorer="accuracy")
+    assert table.score.loc[("two", "one")] < 0.4
 
 
 def test_a_stitched_network_is_encoder_projection_head():
@@ -646,12 +663,19 @@ ERRORS = {
         lambda: select_anchors(Z, 4, method="stratified", y=np.zeros(20)), DataError, "all rows are of class 0"
     ),
     "no classes": (lambda: select_anchors(Z, 4, method="stratified"), InputError, "give the classes"),
+    "class missing": (
+        lambda: select_anchors(Z, 4, method="stratified", y=["a", None] * 10), DataError, "row 1 has no class"
+    ),
     "classes of other rows": (lambda: select_anchors(Z, 4, method="stratified", y=[0, 1]), InputError, "20 rows"),
     "other items": (lambda: latent_agreement(Z, Z[:19]), InputError, "20 and 19 rows"),
     "k": (lambda: latent_agreement(Z, Z, k=21), InputError, "k=21"),
     "block": (lambda: latent_agreement(Z, Z, block=0), InputError, "block"),
     "all excluded": (lambda: latent_agreement(Z, Z, exclude=range(19)), InputError, "at least two items"),
     "excluded out of range": (lambda: latent_agreement(Z, Z, exclude=[20]), InputError, "0 to 19"),
+    "excluded by a mask": (
+        lambda: latent_agreement(Z, Z, exclude=np.arange(20) < 5), InputError, "by their numbers, not by a mask"
+    ),
+    "words": (lambda: relative(np.full((3, 2), "a"), Z), InputError, "must hold numbers"),
     "zero vector in a space": (lambda: latent_agreement(with_row(1, 0.0), Z), DataError, "Za: row 1"),
     "collapsed": (lambda: latent_agreement(Z, np.ones((20, 4))), DataError, "collapsed"),
     "no size left": (lambda: agreement_curve(Z, Z, sizes=[11]), InputError, "2 to 10"),
@@ -758,6 +782,7 @@ def test_the_command_compares_two_files_of_vectors(tmp_path):
     z = normal(300, 20)
     np.save(tmp_path / "a.npy", z.numpy())
     np.save(tmp_path / "b.npy", (z @ rotation(20) + 4).numpy())
+    np.save(tmp_path / "broken.npy", np.full((300, 20), np.nan))
     given_files = ["--first", str(tmp_path / "a.npy"), "--second", str(tmp_path / "b.npy")]
     found = run(*given_files, "--anchors", "50", "--preprocess", "center", "--json")
     assert found.exit_code == 0, found.output
@@ -779,6 +804,7 @@ def test_the_command_compares_two_files_of_vectors(tmp_path):
         ((*given_files, "--anchors", "300"), "300 anchors"),
         ((*given_files[:3], "minilm"), "--texts"),
         ((*given_files[:3], str(tmp_path / "none.npy")), "cannot read"),
+        ((*given_files[:3], str(tmp_path / "broken.npy")), "broken.npy holds NaN"),
     ):
         failed = run(*wrong)
         assert failed.exit_code != 0

@@ -8,7 +8,7 @@ from torch import nn
 
 from theodolite.core.errors import InputError, ModelError
 from theodolite.core.memory import bytes_per_row, chunk_rows, chunks, peak_memory
-from theodolite.core.view import ModelView, evaluation_mode
+from theodolite.core.view import ModelView, evaluation_mode, model_input
 
 
 @settings(max_examples=50, deadline=None)
@@ -105,3 +105,12 @@ def test_a_function_is_bounded_like_the_network_in_it():
     x = torch.randn(50, 10)
     assert torch.allclose(ModelView(function, memory=8_000_000)(x), model(x), atol=1e-6)
     assert max(sizes) < 10
+
+
+def test_arrays_are_taken_however_they_lie_in_memory():
+    model = torch.nn.Linear(3, 1)
+    x = np.arange(12.0).reshape(4, 3)
+    held = x.copy()
+    held.setflags(write=False)
+    for given in (x[::-1], np.asfortranarray(x), held, x[:, ::-1]):
+        assert torch.equal(model_input(model, given), torch.tensor(given.tolist()))

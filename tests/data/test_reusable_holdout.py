@@ -11,9 +11,12 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import sparse, stats
+from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_breast_cancer
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder
 
 from theodolite.core.errors import BudgetExhausted, DataError, DiskError, InputError
 from theodolite.data.reusable_holdout import (
@@ -286,6 +289,16 @@ def test_a_damaged_line_counts_against_the_budget(tmp_path):
     assert Ledger(path, "x").damaged == 1
 
 
+def test_a_ledger_that_cannot_be_read_at_all_counts_too(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    path.write_text("{not\nJSON\n")
+    again = make(ledger=path, budget=5)
+    assert again.remaining == 3
+    assert "2 lines of the ledger cannot be read" in again.note
+    with pytest.raises(DiskError, match="cannot read"):
+        make(ledger=tmp_path)
+
+
 def test_kill_9_loses_no_answer_that_was_given(tmp_path):
     path, given = tmp_path / "ledger.jsonl", tmp_path / "given"
     script = f"""
@@ -328,6 +341,7 @@ def test_an_audit_counts_looks_and_bounds_their_bias(tmp_path):
     assert (report.looks, report.hits, report.rows) == (7, 3, 100)
     assert report.careless_accuracy == adaptive_bias(7, 100)
     assert audit(holdout.log) == report
+    assert audit(path.rename(tmp_path / "account.json")) == report  # a ledger by any other name
     holdout.log.to_csv(tmp_path / "log.csv")
     assert audit(tmp_path / "log.csv") == report
     pd.DataFrame({"score": [0.1, 0.2]}).to_csv(tmp_path / "plain.csv")
@@ -358,6 +372,37 @@ def test_a_scorer_asks_the_holdout():
     assert list(holdout.log["name"]) == ["accuracy", "brier", "clipped_log_loss"]
     expected = (model.predict(x[select]) == y[select]).mean()
     assert holdout.log["value"][0] == pytest.approx(expected)
+
+
+def test_queries_and_scorers_get_the_data_frames_that_were_given():
+    rng = np.random.default_rng(3)
+    frame = pd.DataFrame({"a": rng.normal(size=120), "kind": rng.choice(["x", "long kind"], 120)})
+    y = pd.Series(np.where(frame["kind"] == "x", "yes", "nein"))
+    columns = make_column_transformer((OneHotEncoder(), ["kind"]), remainder="passthrough")
+    model = make_pipeline(columns, LogisticRegression()).fit(frame[:40], y[:40])
+    holdout = Thresholdout(frame[40:80], y[40:80], frame[80:], y[80:], preset="science")
+    assert reusable_scorer("accuracy", holdout)(model) == 1.0
+    assert 0.9 < reusable_scorer("brier", holdout)(model) <= 1.0
+    below = float((frame["a"][40:80] < 0).mean())
+    assert holdout.ask(lambda x, y: x["a"] < 0).value == pytest.approx(below)
+    splitting = SampleSplitting(frame, y, max_queries=4)
+    assert splitting.ask(lambda x, y: (x["kind"] == "x") == (y == "yes")).value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("train", "holdout"),
+    [
+        (np.linspace(0, 1, 30).reshape(10, 3), np.linspace(0, 1, 30, dtype=np.float32).reshape(10, 3)[::-1]),
+        (np.arange(30).reshape(10, 3), np.arange(30.0).reshape(10, 3)),
+        (pd.DataFrame({"a": ["x", "y"]}), pd.DataFrame({"a": ["a long one", "x"]})),
+    ],
+)
+def test_the_same_rows_in_another_type_are_a_leak(train, holdout):
+    y = np.zeros(len(train))
+    with pytest.raises(HoldoutLeakError, match="are in the training set too"):
+        Thresholdout(train, y, holdout, y)
+    moved = holdout + 0.7 if isinstance(holdout, np.ndarray) else holdout + "!"
+    assert Thresholdout(train, y, moved, y).remaining == 1
 
 
 def test_what_is_no_mean_is_refused_without_its_sensitivity():
@@ -407,6 +452,14 @@ def test_nothing_of_the_holdout_can_be_seen():
     (lambda: Thresholdout(np.ones((3, 1)), np.ones(3), np.ones((3, 1)), np.ones(3)), HoldoutLeakError, "3 of 3"),
     (lambda: Thresholdout(np.ones((0, 1)), np.ones(0), np.ones((3, 1)), np.ones(3)), DataError, "training"),
     (lambda: Thresholdout(np.full((3, 1), np.nan), np.ones(3), np.ones((3, 1)), np.ones(3)), DataError, "NaN"),
+    (lambda: Thresholdout(*samples()[:2], np.ones((9, 2)), np.ones(9)), DataError, r"\(3,\) and \(2,\)"),
+    (lambda: make(max_queries=0), InputError, "max_queries"),
+    (lambda: make(preset="science", confidence=1.5), InputError, "in \\(0, 1\\)"),
+    (lambda: adaptive_bias(10, 10, float("nan")), InputError, "sigma"),
+    (lambda: SparseValidate(*samples()[:2], tolerance=0.1, budget=1).ask(np.zeros(100), claim=math.nan), InputError, "claim"),
+    (lambda: SparseValidate(*samples()[:2], tolerance=0.1, budget=1, sigma=-1.0), InputError, "sigma"),
+    (lambda: Empirical(np.array([["a", None]], dtype=object), ["x"]), DataError, "NaN"),
+    (lambda: Empirical(sparse.eye(3).tocsr(), np.ones(3)), DataError, "toarray"),
     (lambda: Empirical([], []), DataError, "at least one"),
     (lambda: SampleSplitting(*samples()[:2], max_queries=101), InputError, r"1\.\.100"),
     (lambda: GaussianNoise(*samples()[:2], sigma=-1.0), InputError, "sigma"),

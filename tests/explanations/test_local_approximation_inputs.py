@@ -56,6 +56,24 @@ def test_tables_lists_and_arrays_of_any_kind_are_the_same_rows():
             attribute("LIME", net, broken)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_of_a_module_its_probability_or_its_one_output_is_explained(dtype):
+    scores, value, x = network(dtype=dtype), network(classes=1, dtype=dtype), rows().to(dtype)
+    probability, logistic = nn.Sequential(scores, nn.Softmax(dim=1)), nn.Sequential(value, nn.Sigmoid())
+    for module, f in (
+        (scores, probability.forward),
+        (probability, probability.forward),
+        (value, value.forward),
+        (logistic, logistic.forward),
+    ):
+        found, wanted = attribute("Occlusion", module, x), attribute("Occlusion", lambda z, f=f: f(z), x)
+        assert torch.equal(found.target, wanted.target)
+        assert torch.allclose(found.weights, wanted.weights, atol=1e-6)
+    change = (value(x) - value(0 * x)).detach().ravel().float()
+    whole = attribute("KernelSHAP", value, x, enumerate=True).weights.sum(dim=1)
+    assert torch.allclose(whole, change, atol=1e-5 if dtype == torch.float64 else 0.05)
+
+
 def test_a_module_in_half_precision_keeps_its_precision():
     net = network().bfloat16()
     found = attribute("Integrated Gradients", net, rows())
@@ -251,7 +269,7 @@ def test_kernelshap_keeps_shapleys_axioms(seed, d, classes):
         first[:, 0] = 0  # a feature that f does not see
     x = torch.rand(3, d, dtype=torch.float64) + 0.1
     found = attribute("KernelSHAP", net, x)
-    view = ModelView(net)
+    view = ModelView(net, output="raw" if classes == 1 else "probability")
     change = view.target_scores(x, found.target) - view.target_scores(0 * x, found.target)
     assert torch.allclose(found.weights.double().sum(dim=1), change, atol=1e-6)
     assert float(found.weights[:, 0].abs().max()) < 1e-6

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,9 +13,12 @@ from scipy.linalg import hadamard
 from torch import nn
 
 from theodolite.core.errors import InputError, ModelError
+from theodolite.core.loading import load_subject
 from theodolite.core.train import Recipe, accuracy, train
 from theodolite.parameters.reparametrization import KINDS, fastfood, fwht, make_projection
 from theodolite.parameters.subspace import SubspaceModel, measure_intrinsic_dimension
+from theodolite.survey.parameters import subspace as chart
+from theodolite.survey.run import measure
 
 F64 = torch.float64
 
@@ -563,3 +567,32 @@ def test_bad_models_and_dimensions():
         make_projection("dense", 2000, 100_000, seed=0)
     with pytest.raises(InputError, match="takes 2 coordinates"):
         make_projection("hashed", 2, 4, seed=0)(torch.zeros(3))
+
+
+def test_a_build_that_gives_one_network_each_time_never_starts_from_a_trained_one():
+    def quality(model):
+        return math.exp(-float(model().detach()))
+
+    net = Sums(0)
+    start = copy.deepcopy(net.state_dict())
+    shared = measure_intrinsic_dimension(lambda: net, descend, quality, [2, 5, 6, 20], threshold=0.99, seeds=(0,))
+    fresh = measure_intrinsic_dimension(Sums, descend, quality, [2, 5, 6, 20], threshold=0.99, seeds=(0,))
+    assert shared.dimension == fresh.dimension == 6
+    assert all(torch.equal(value, start[name]) for name, value in net.state_dict().items())
+
+
+def test_a_seed_below_zero_is_refused():
+    for make in (lambda: make_projection("hashed", 2, 10, seed=-1), lambda: SubspaceModel(network(), 2, seed=-1)):
+        with pytest.raises(InputError, match="seed at least 0"):
+            make()
+
+
+def test_the_chart_does_not_praise_what_a_constant_answer_has_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(chart, "_GRID", (2, 8))
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame(rng.normal(size=(600, 3)), columns=["a", "b", "c"])
+    table["label"] = np.where(rng.random(600) < 0.15, "rare", "common")  # nothing to be learned
+    table.to_csv(tmp_path / "lopsided.csv", index=False)
+    finding = measure("intrinsic-dimension", load_subject(data=tmp_path / "lopsided.csv", epochs=5))
+    assert "not shown to beat the commonest class as every answer" in finding.headline
+    assert "Do not read this number alone" in finding.advice

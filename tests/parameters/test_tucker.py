@@ -324,7 +324,7 @@ def test_the_start_is_the_base_and_merging_changes_nothing(kind):
         assert not torch.allclose(changed, base(x), atol=1e-2)
         merged = adapters.merge()
         assert merged is net
-        assert list(merged.state_dict()) == list(weights)  # an optimiser's state and a vector of weights go by the order
+        assert list(merged.state_dict()) == list(weights)  # an optimiser's state goes by the order
         assert torch.allclose(net(x), changed, atol=1e-6)
         adapters.merge()
         assert torch.allclose(net(x), changed, atol=1e-6)
@@ -758,8 +758,6 @@ def test_other_options_that_do_not_fit():
         compare_structures({"a": torch.ones(3, 3)}, [-1])
     with pytest.raises(DataError, match=r"norm\.num_batches_tracked: expected a floating point tensor"):
         compare_structures({"norm.num_batches_tracked": torch.tensor(7)}, [20])
-    with pytest.raises(InputError, match="too small"):
-        budget_ranks((4, 4), math.nan)
 
 
 @pytest.mark.parametrize(
@@ -782,7 +780,6 @@ def test_other_options_that_do_not_fit():
         ({"statistics": "drop"}, "statistics is one of"),
         ({"group": {"all": ["*"]}}, "all of one shape"),
         ({"group": {"one": ["a"]}}, "two or more"),
-        ({"group": ["a", "b"]}, "group maps the name"),
         ({"group": {"one": ["a"]}, "kind": "full"}, "only kind"),
     ],
 )

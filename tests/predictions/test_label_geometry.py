@@ -40,6 +40,7 @@ from theodolite.predictions.label_geometry import predictor as predictor_module
 from theodolite.predictions.label_geometry.locus import pair_loci
 from theodolite.predictions.label_geometry.predictor import softmax
 from theodolite.predictions.label_geometry.rooted import RootedTree
+from theodolite.predictions.label_geometry.trees import as_metric
 
 locus_module = importlib.import_module("theodolite.predictions.label_geometry.locus")  # its function has the same name
 QUICK = settings(max_examples=40, deadline=None)
@@ -863,8 +864,7 @@ BAD = {
     "not a node": (lambda: LabelMetric.from_edges([("a", "b")], ["a", "z"]), DataError, "not nodes of the graph"),
     "samples": (lambda: line(3).is_metric(1), InputError, "at least 2"),
     "no tree": (lambda: tree_locus(nx.cycle_graph(4), [0]), InputError, "not a tree: 4 nodes and 4 edges"),
-    "edges for a tree": (lambda: tree_locus([(0, 1)], [0]), InputError, r"got a list; of an edge list.*from_edges"),
-    "edges for a graph": (lambda: next_class([(0, 1)], [0]), InputError, "got a list"),
+    "edges for a tree": (lambda: as_metric([(0, 1)]), InputError, r"got a list; of an edge list.*from_edges"),
     "huge embeddings": (lambda: LabelMetric.from_embeddings([[0.0], [1e200]], "ab"), DataError, "rescale"),
     "huge distance": (lambda: LabelMetric.from_matrix([[0, 1e200], [1e200, 0]], "ab"), DataError, "at most 1e\\+150"),
     "no graph": (lambda: tree_locus(line(4), [0]), InputError, "not made of a graph"),

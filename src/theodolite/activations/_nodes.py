@@ -1,8 +1,18 @@
 """What the interaction basis and the local interaction basis share: the chain of nodes, and coordinates of each of them."""
 
-__all__ = ["ModuleNodes", "NodeBasis", "backward_layers", "chain_of", "kept_quality", "node_statistics", "unmixed"]
+__all__ = [
+    "ModuleNodes",
+    "NodeBasis",
+    "backward_layers",
+    "chain_of",
+    "kept_quality",
+    "modules_of",
+    "node_statistics",
+    "rows_of",
+    "unmixed",
+]
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,8 +31,10 @@ from theodolite.activations._basis import (
     layer_basis,
     node_moments,
 )
+from theodolite.activations._edges import Path
 from theodolite.core.errors import InputError
 from theodolite.core.sections import Sections, sections_of
+from theodolite.core.view import model_input
 
 Basis = TypeVar("Basis", bound="NodeBasis")
 
@@ -35,15 +47,36 @@ class ModuleNodes:
     nodes: tuple[str, ...]
 
 
+def modules_of(given: Any) -> list[nn.Module]:
+    """The modules among what an estimator was given as its sections, in their order."""
+    if isinstance(given, ModuleNodes):
+        return [given.model]
+    parts = getattr(given, "functions", given)
+    return [part for part in parts if isinstance(part, nn.Module)] if isinstance(parts, Iterable) else []
+
+
+def rows_of(given: Any, X: Any) -> Tensor:
+    """Rows as one tensor, of whatever holds them, in the precision and on the device of the weights of ``given``."""
+    try:
+        return model_input(nn.ModuleList(modules_of(given)), X)
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            "rows must make one array of numbers; pad sequences of different lengths to one length (the local interaction "
+            "basis takes a mask (rows, positions))"
+        ) from error
+
+
 def chain_of(given: Any, x: Tensor) -> Sections:
     """The checked chain of what an estimator was given as its sections: callables, a chain, or nodes of a module."""
     if x.ndim == 0 or len(x) == 0:
         raise InputError(f"need at least one row, got shape {tuple(x.shape)}")
+    if (not isinstance(given, ModuleNodes) or "input" in given.nodes) and not (x.is_floating_point() or x.is_complex()):
+        raise InputError(f"the input holds {x.dtype} numbers, which have no gradient; start at the embedding")
     if isinstance(given, ModuleNodes):
         return sections_of(given.model, given.nodes, x)
-    chain = given if isinstance(given, Sections) else Sections(given)
-    if not (x.is_floating_point() or x.is_complex()):
-        raise InputError(f"node 0 holds {x.dtype} numbers, which have no gradient; start at the embedding")
+    if not isinstance(given, Sections | Sequence | nn.Sequential | nn.ModuleList):
+        raise InputError(f"sections must be a list of callables, got {type(given).__name__}")
+    chain = given if isinstance(given, Sections) else Sections(list[Any](given))
     chain.check(x)
     return chain
 
@@ -53,11 +86,14 @@ class NodeBasis(TransformerMixin, BaseEstimator):
 
     layers_: tuple[LayerBasis, ...]
     sections_: Sections
+    basis: str
     target: str
     rtol: float
     n_probes: int | None
     batch_size: int
     dtype: torch.dtype
+    memory: int | None
+    seed: int
 
     def __init__(self, sections: Any) -> None:
         self.sections = sections
@@ -71,6 +107,10 @@ class NodeBasis(TransformerMixin, BaseEstimator):
             raise InputError(f"n_probes and batch_size must be at least 1, got {self.n_probes} and {self.batch_size}")
         if self.dtype not in (torch.float64, torch.float32):
             raise InputError(f"dtype must be torch.float64 or torch.float32, got {self.dtype}")
+
+    def _path(self) -> Path | None:
+        """Where the slopes of its edges are taken: at the rows themselves."""
+        return None
 
     @classmethod
     def from_module(cls: type[Basis], model: nn.Module, nodes: Sequence[str], **options: Any) -> Basis:

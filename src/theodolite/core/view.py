@@ -37,9 +37,9 @@ def model_input(model: Any, x: Any) -> Tensor:
     torch.float32
     """
     if hasattr(x, "__array__") and not isinstance(x, Tensor):
-        x = np.require(
-            x, requirements="W"
-        )  # of what cannot be written to, such as a table's values, torch wants a copy
+        x = np.require(x, requirements="W")  # torch wants a copy of what cannot be written to, as a table's values
+        if min(x.strides, default=0) < 0:  # and of what is read backwards
+            x = x.copy()
     rows = torch.as_tensor(x)
     weights = model.parameters() if isinstance(model, nn.Module) else ()
     like = next((p for p in weights if p.is_floating_point() and not nn.parameter.is_lazy(p)), None)

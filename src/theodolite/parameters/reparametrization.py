@@ -257,13 +257,15 @@ def make_projection(
 ) -> LinearMap:
     """The map of one kind from d coordinates to D weights; the same seed gives the same map on every device.
 
-    Raises InputError unless 1 <= d <= D and the kind is known.
+    Raises InputError unless 1 <= d <= D, the seed is at least 0 and the kind is known.
 
     >>> make_projection("hashed", 2, 4, seed=0).column_norms().tolist()
     [1.0, 1.0]
     """
     if kind not in KINDS:
         raise InputError(f"a projection is one of {', '.join(KINDS)}, got {kind!r}")
+    if int(d) != d or int(D) != D or int(seed) != seed or seed < 0:
+        raise InputError(f"d, D and seed must be whole numbers and seed at least 0, got {d}, {D} and {seed}")
     if d < 1:
         raise InputError(f"a subspace needs at least one dimension, got d = {d}")
     if d > D:

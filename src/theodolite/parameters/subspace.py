@@ -79,16 +79,15 @@ class SubspaceModel(nn.Module):
         self._pieces = [parameters[name].shape for name in self._names]
         self._sizes = [shape.numel() for shape in self._pieces]
         self.total_dimension = sum(self._sizes)
-        self.projection, self.seed = projection, int(seed)
         first = parameters[self._names[0]]
         precise = torch.float64 if any(parameters[n].dtype == torch.float64 for n in self._names) else torch.float32
-        dimension = int(dimension)
         self.map = make_projection(
             projection, dimension, self.total_dimension, seed=seed, dtype=precise, device=first.device
         )
+        self.projection, self.seed = projection, int(seed)
         for parameter in parameters.values():
             parameter.requires_grad_(False)
-        self.coordinates = nn.Parameter(torch.zeros(dimension, dtype=precise, device=first.device))
+        self.coordinates = nn.Parameter(torch.zeros(self.map.shape[1], dtype=precise, device=first.device))
 
     @property
     def dimension(self) -> int:
@@ -376,8 +375,8 @@ def _run(
     """Quality of one run in d dimensions; None is all of them, without a subspace."""
     with seeded(seed):
         module = _start(build, seed)
-        if d is not None:
-            module = SubspaceModel(module, d, projection=projection, seed=seed)
+        # a copy: a build that gives one and the same network each time must not give a trained one to the next run
+        module = copy.deepcopy(module) if d is None else SubspaceModel(module, d, projection=projection, seed=seed)
         if train:
             fit(module)
         value = float(evaluate(module))

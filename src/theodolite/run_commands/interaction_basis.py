@@ -34,7 +34,7 @@ def command(
     basis = InteractionBasis.from_module(subject.predictor, names, **options).fit(x)
     report = degeneracy(subject.predictor, x, **options)
     modules = find_modules(interactions(basis, x), seed=flags.seed)
-    result: dict[str, Any] = {
+    layers = {
         name: {
             "width": layer.width,
             "directions": layer.rank,
@@ -45,6 +45,7 @@ def command(
         }
         for name, layer in zip(basis.sections_.names, basis.layers_, strict=True)
     }
+    result: dict[str, Any] = {"layers": layers}  # a key of its own: names of layers are printed as they are
     result |= {"modules": modules.count, "modularity": modules.q, "modularity_of_rewired_graphs": modules.q_null}
     result |= {"free_directions": report.free_directions, "weights_of_linear_layers": report.parameters}
     tell(result, as_json)

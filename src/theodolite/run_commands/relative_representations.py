@@ -66,7 +66,13 @@ def _texts(path: Path | None, *names: str) -> list[str]:
 
 def _latents(name: str, texts: list[str], layer: int | None) -> Any:
     if name.endswith(".npy"):
-        return array(Path(name))
+        import torch
+
+        from theodolite.core.capture import check_finite
+
+        rows = array(Path(name))
+        check_finite(torch.as_tensor(rows), name)
+        return rows
     from theodolite.activations.relative import embed_texts
     from theodolite.language.pretrained import load_decoder, load_encoder
 

@@ -73,7 +73,12 @@ def parse_code(code: str, language: str) -> SyntaxTree:
     Children are in the order of the source (spans are UTF-8 bytes), comments and Python's docstrings are left out, a string
     is one word. Raises ParseError as `parse_python`, MissingExtraError where tree-sitter or the grammar is not installed.
     """
-    source = code.encode()
+    try:
+        source = code.encode()
+    except UnicodeEncodeError as error:
+        raise ParseError(
+            f"character {error.start} is half of a pair (a surrogate), which no source text holds"
+        ) from error
     root = _parser(language).parse(source).root_node
     if root.has_error:
         line = _first_error(root).start_point[0] + 1

@@ -337,8 +337,10 @@ class ASTProbe(BaseEstimator):
 
     def _scaled(self, rows: Float[Tensor, "word width"]) -> Float[Tensor, "word width"]:
         if self.normalise == "rms":
-            norm = rows.norm(dim=1, keepdim=True)
-            return rows * (self.scale * math.sqrt(rows.shape[1]) / norm.clamp(min=torch.finfo(rows.dtype).tiny))
+            # in float64, where no square over- or underflows; a vector of zeros has no direction and stays
+            norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+            factor = self.scale * math.sqrt(rows.shape[1]) / torch.where(norm > 0, norm, 1.0)
+            return rows * factor.to(rows.dtype)
         if self.normalise == "zscore":
             return (rows - self.centre_) / self._deviation * self.scale
         return rows

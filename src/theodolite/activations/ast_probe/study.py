@@ -36,6 +36,9 @@ def layer_sweep(
     train, test, validation: {layer: [(words, width), ...]} as `word_states` gives it. probe: the options (default `ASTProbe()`,
     rank cut to the width); it is not changed.
     """
+    absent = sorted(set(train) - set(test if validation is None else set(test) & set(validation)))
+    if absent:
+        raise InputError(f"layer {absent[0]} has states to train on, but none to test or validate on")
     rows = []
     for layer in sorted(train):
         held = None if validation is None else (validation[layer], validation_trees)

@@ -113,8 +113,7 @@ class SparseAutoencoder(nn.Module):
 
     def encode(self, x: Float[Tensor, "*row width"]) -> Float[Tensor, "*row latent"]:
         """Codes of rows in their own units."""
-        self._check(x)
-        return self._codes(x * self.scale)[0]
+        return self._codes(self._own(x) * self.scale)[0]
 
     def decode(self, codes: Float[Tensor, "*row latent"]) -> Float[Tensor, "*row width"]:
         """Rows in their own units from codes."""
@@ -122,17 +121,18 @@ class SparseAutoencoder(nn.Module):
 
     def forward(self, x: Float[Tensor, "row width"], gradients: Float[Tensor, "row width"] | None = None) -> SAEOutput:
         """Reconstruction, codes and the parts of the loss; ``gradients`` of the outcome by x, for "attribution"."""
-        self._check(x)
-        scaled = x * self.scale
+        scaled = self._own(x) * self.scale
         f, p = self._codes(scaled)
         made = f @ self.W_dec + self.b_dec
         off = scaled - made
         losses = {"reconstruction": off.square().sum(dim=1).mean()} | self._penalties(scaled, f, p, off, gradients)
         return SAEOutput(made / self.scale, f, losses)
 
-    def _check(self, x: Tensor) -> None:
+    def _own(self, x: Tensor) -> Tensor:
+        """Activations in the weights' precision, whatever the model's is."""
         if x.shape[-1] != self.d:
             raise InputError(f"the dictionary has width {self.d}, the activations {x.shape[-1]}")
+        return x.to(self.W_dec.dtype)
 
     def _codes(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
         """Codes, and what came before they were made sparse (of "gated" the gate)."""

@@ -75,7 +75,7 @@ def train_sae(
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=(0.9, 0.999), fused=True)
     generator = torch.Generator().manual_seed(seed)
     total, step = epochs * sum(-(-(part.stop - part.start) // batch_size) for part in rows.blocks), 0
-    variance = sum(float((block - mean).square().sum()) for _, block in rows) * float(sae.scale) ** 2
+    variance = sum(float(((block - mean) * sae.scale).square().sum()) for _, block in rows)
     quiet = torch.zeros(sae.n_latents, dtype=torch.long, device=mean.device)
     numbers = []
     for epoch in range(epochs):
@@ -145,7 +145,7 @@ class _Rows:
         """One block as float32."""
         x = self._x
         if isinstance(x, Tensor):
-            return x[part]
+            return x[part].detach().float()
         if isinstance(x, np.memmap) and isinstance(x.base, mmap) and x.flags.c_contiguous and x.filename is not None:
             # read, not mapped: pages of a map that were looked at stay in memory
             width = x.shape[1]
@@ -158,7 +158,7 @@ class _Rows:
     def pick(self, places: Tensor) -> Tensor:
         """A few rows by their numbers."""
         if isinstance(self._x, Tensor):
-            return self._x[places.to(self._x.device)]
+            return self._x[places.to(self._x.device)].detach().float()
         return torch.from_numpy(np.array(self._x[places.cpu().numpy()], dtype=np.float32)).to(self._device)
 
     def statistics(self, name: str) -> tuple[Tensor, float, bool]:
@@ -171,7 +171,10 @@ class _Rows:
             count += len(block)
             share = len(block) / count
             mean = block.mean(dim=0) if part.start == 0 else mean + (block.mean(dim=0) - mean) * share
-            norm += (float(block.norm(dim=1).mean()) - norm) * share
+            lengths = torch.linalg.vector_norm(
+                block, dim=1, dtype=torch.float64
+            )  # whose squares neither over- nor underflow
+            norm += (float(lengths.mean()) - norm) * share
         return mean, norm, differ
 
 

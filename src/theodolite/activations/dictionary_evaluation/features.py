@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from theodolite.activations.dictionary_evaluation.task import need_values
 from theodolite.core.errors import InputError
 from theodolite.core.memory import chunks
 
@@ -60,6 +61,9 @@ def feature_f1(active: Any, attributes: pd.DataFrame | Mapping[str, Any], max_gr
         raise InputError(
             f"{len(on)} rows of features, {len(table)} of attributes, groups of {max_group}; need as many, and at least 1"
         )
+    if table.columns.empty:
+        raise InputError("need at least one attribute")
+    need_values(table)
     columns = [(name, value) for name in table.columns for value in sorted(set(table[name]), key=str)]
     truth = torch.as_tensor(np.stack([(table[name] == value).to_numpy(bool) for name, value in columns], axis=1))
     hits = torch.zeros(on.shape[1], truth.shape[1], dtype=torch.float64)
@@ -135,6 +139,8 @@ def feature_weights(
             f"codes {tuple(f.shape)}, decoder {tuple(decoder.shape)} and bias {None if bias is None else tuple(bias.shape)} do "
             "not go together"
         )
+    largest = f.abs().amax(dim=1, keepdim=True)
+    f = f / torch.where(largest > 0, largest, 1.0)  # the weights keep no scale, so no square need over- or underflow
     whole = f @ decoder
     size = whole.square().sum(dim=1, keepdim=True)
     return torch.where(size > 0, f * (whole @ decoder.T) / size.clamp_min(1e-30), torch.zeros(()).to(f))

@@ -18,8 +18,10 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from sklearn.base import BaseEstimator
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from theodolite.activations.dictionary_evaluation.task import need_values
 from theodolite.core.capture import check_finite
 from theodolite.core.errors import DataError, InputError
 
@@ -50,7 +52,8 @@ class SupervisedDictionary(BaseEstimator):
     def fit(self, acts: Tensor | np.ndarray, attributes: pd.DataFrame | Mapping[str, Any]) -> "SupervisedDictionary":
         """Codes from activations (n, d) and their attributes.
 
-        Raises InputError for an unknown kind or product, DataError for an attribute with a single value, ActivationError for NaN.
+        Raises InputError for an unknown kind or product, DataError for an attribute with a single value or a
+        missing one, ActivationError for NaN.
         """
         if self.kind not in ("mean", "mse"):
             raise InputError(f'kind is "mean" or "mse", got {self.kind!r}')
@@ -61,6 +64,7 @@ class SupervisedDictionary(BaseEstimator):
         table = pd.DataFrame(attributes)
         if len(table) != len(rows):
             raise InputError(f"{len(rows)} activations but {len(table)} rows of attributes")
+        need_values(table)
         self.mean_ = rows.mean(dim=0)
         columns = self._columns(table)
         self.values_: dict[Hashable, list[Any]] = {}
@@ -109,6 +113,7 @@ class SupervisedDictionary(BaseEstimator):
 
     def code(self, attribute: Hashable, values: Sequence[Any]) -> Float[Tensor, "row width"]:
         """u_{i, v} for each of ``values``; InputError naming a value that was not there when fitted."""
+        check_is_fitted(self)
         return (
             self.codes_[attribute][self._places(attribute, values)]
             if attribute in self.codes_
@@ -120,14 +125,27 @@ class SupervisedDictionary(BaseEstimator):
 
     def reconstruct(self, attributes: pd.DataFrame | Mapping[str, Any]) -> Float[Tensor, "row width"]:
         """a_hat for rows with these attributes."""
+        check_is_fitted(self)
         columns = self._columns(pd.DataFrame(attributes))
         return self.mean_ + sum((self.code(name, columns[name]) for name in self.codes_), start=torch.zeros(()))
 
-    def edit(
-        self, x: Float[Tensor, "row width"], attr: Hashable, old: Sequence[Any], new: Sequence[Any]
-    ) -> Float[Tensor, "row width"]:
-        """x - u_{i, old} + u_{i, new}: each row as if the attribute had its new value."""
-        return x + (self.code(attr, list(new)) - self.code(attr, list(old))).to(x)
+    def edit(self, x: Float[Tensor, "row width"], attr: Hashable, old: Any, new: Any) -> Float[Tensor, "row width"]:
+        """x - u_{i, old} + u_{i, new}: each row as if the attribute had its new value.
+
+        old, new: a value for each row, or one for all of them.
+        """
+        given = [[one] if self._is_value(attr, one) else list(one) for one in (old, new)]
+        wrong = [len(values) for values in given if len(values) not in (1, len(x))]
+        if wrong:
+            raise InputError(f"{len(x)} rows need as many values of {attr!r} or one for all, got {wrong[0]}")
+        before, after = (self.code(attr, values) for values in given)
+        return x + (after - before).to(x)
+
+    def _is_value(self, attr: Hashable, given: Any) -> bool:
+        """Whether one value was given, and not a sequence of them; a value of a product is a tuple of its own."""
+        if isinstance(attr, tuple) and isinstance(given, tuple):
+            return not all(isinstance(part, tuple) for part in given)
+        return isinstance(given, str) or not hasattr(given, "__len__")
 
     def weights(self, attributes: pd.DataFrame | Mapping[str, Any]) -> pd.DataFrame:
         """u_i . (a_hat - a_bar) / |a_hat - a_bar|^2, a column for each attribute; each row sums to 1."""

@@ -38,10 +38,9 @@ class Task:
     def __post_init__(self) -> None:
         if len(self.prompts) != len(self.attributes) or len(self.prompts) == 0:
             raise DataError(f"{len(self.prompts)} prompts but {len(self.attributes)} rows of attributes")
+        need_values(self.attributes)
         for name in self.attributes.columns:
             column: Any = self.attributes[name]
-            if column.isna().any():
-                raise DataError(f"attribute {name!r} has missing values; every prompt needs a value")
             if column.nunique() < 2:
                 raise DataError(
                     f"attribute {name!r} has a single value, {column.iloc[0]!r}, so there is nothing to tell apart; leave it out"
@@ -83,6 +82,13 @@ class Task:
         if not chosen.any() or chosen.all():
             raise DataError(f"{len(self)} prompts in {len(order)} groups cannot be split at {share}")
         return self.subset(np.flatnonzero(chosen)), self.subset(np.flatnonzero(~chosen))
+
+
+def need_values(attributes: pd.DataFrame) -> None:
+    """Raise DataError naming an attribute that not every row has."""
+    for name in attributes.columns:
+        if bool(np.asarray(pd.isna(attributes[name])).any()):
+            raise DataError(f"attribute {name!r} has missing values; every row needs a value")
 
 
 def tabular_task(

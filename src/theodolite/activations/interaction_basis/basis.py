@@ -18,7 +18,14 @@ from theodolite.activations._basis import (
     layer_basis,
 )
 from theodolite.activations._edges import edge_strengths
-from theodolite.activations._nodes import NodeBasis, backward_layers, chain_of, kept_quality, node_statistics
+from theodolite.activations._nodes import (
+    NodeBasis,
+    backward_layers,
+    chain_of,
+    kept_quality,
+    node_statistics,
+    rows_of,
+)
 from theodolite.core.curve import QualityCurve
 from theodolite.core.errors import InputError
 from theodolite.core.sections import Sections
@@ -54,6 +61,8 @@ class InteractionBasis(NodeBasis):
     [4, 2, 2]
     """
 
+    basis = "interaction basis"
+
     def __init__(
         self,
         sections: Any,
@@ -84,7 +93,7 @@ class InteractionBasis(NodeBasis):
     def fit(self, X: Any, y: object = None) -> "InteractionBasis":
         """Find the basis of every node from rows ``X``: f_0 (n, d_0) or (n, p_0, d_0), or the module's inputs."""
         self._check_settings()
-        x = torch.as_tensor(X)
+        x = rows_of(self.sections, X)
         self.sections_ = chain_of(self.sections, x)
         every = {"batch_size": self.batch_size, "memory": self.memory}
         means, grams, end = node_statistics(self.sections_, x, center=self.center, **every)
@@ -121,7 +130,7 @@ class InteractionBasis(NodeBasis):
         """The same nodes in another basis: "pca", "neuron" or "random" (rotation, from the seed); for comparison."""
         self._layer(0)
         other = InteractionBasis(**self.get_params(deep=False))
-        other.sections_ = self.sections_
+        other.basis, other.sections_ = kind, self.sections_
         other.layers_ = tuple(
             baseline_layer(layer, kind, seed=self.seed + node, rtol=self.rtol)
             for node, layer in enumerate(self.layers_)
@@ -148,7 +157,7 @@ class _Tail(Sections):
         return self._chain.row_bytes(x, gradients=gradients)
 
 
-def interactions(basis: InteractionBasis, X: Any, *, n_probes: int | None = None) -> list[Float[Tensor, "r_next r"]]:
+def interactions(basis: InteractionBasis, X: Any, *, n_probes: int | None = None) -> list[Float[Tensor, "_r_next _r"]]:
     """E (r_{l+1}, r_l) for each pair of neighbouring nodes: E_ij = (1/n) sum_x (f^_j d f^'_i / d f^_j)^2, float64.
 
     Features j of one node, i of the next; over positions the sum is taken before the square (and the mean is over the
@@ -160,7 +169,7 @@ def interactions(basis: InteractionBasis, X: Any, *, n_probes: int | None = None
     [(2, 4), (2, 2)]
     """
     basis._layer(0)
-    x = torch.as_tensor(X)
+    x = rows_of(basis.sections, X)
     return [
         edge_strengths(
             basis.sections_, x, layer, basis.layers_, n_probes=n_probes, batch_size=basis.batch_size,
@@ -185,7 +194,7 @@ def kept_directions_curve(
     the score with no direction, reference that of the untouched network.
     """
     chosen = basis._layer(layer)
-    x = torch.as_tensor(X)
+    x = rows_of(basis.sections, X)
     tried = sorted(set(ks)) if ks is not None else _steps(chosen.rank)
     if not tried or tried[0] < 1 or tried[-1] > chosen.rank:
         raise InputError(f"ks must lie in 1 .. {chosen.rank}, got {list(tried)}")

@@ -15,7 +15,7 @@ from theodolite.core.capture import main_tensor
 from theodolite.core.errors import InputError, ModelError
 from theodolite.core.functional import call_with
 from theodolite.core.memory import bytes_per_row, chunks
-from theodolite.core.view import evaluation_mode
+from theodolite.core.view import evaluation_mode, model_input
 
 _MOST_HESSIAN = 8192
 
@@ -31,12 +31,12 @@ class Behaviour:
         self, model: nn.Module, X: Any, params: Iterable[str] | None = None, *, memory: int | None = None
     ) -> None:
         self.model, self.memory = model, memory
-        self.x = torch.as_tensor(X)
+        self.x = model_input(model, X)
         if self.x.ndim == 0 or len(self.x) == 0:
             raise InputError(f"need at least one row, got shape {tuple(self.x.shape)}")
         every = dict(model.named_parameters())
         self._rest = {name: p.detach() for name, p in every.items()}
-        self.names = [name for name, p in every.items() if p.requires_grad] if params is None else list(params)
+        self.names = [name for name, p in every.items() if p.requires_grad] if params is None else _names(params)
         unknown = [name for name in self.names if name not in every]
         if unknown or not self.names:
             raise InputError(
@@ -107,6 +107,10 @@ class Behaviour:
             J = self.jacobian(self.x[rows]).reshape(-1, P).to(torch.float64)
             total.addmm_(J.T, J)
         return total * (2 / len(self.x))
+
+
+def _names(params: Iterable[str]) -> list[str]:
+    return [params] if isinstance(params, str) else list(params)
 
 
 def behavioural_loss(model: nn.Module, X: Any) -> Callable[[Mapping[str, Tensor]], Float[Tensor, ""]]:

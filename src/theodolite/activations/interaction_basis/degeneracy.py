@@ -18,7 +18,7 @@ from theodolite.activations._basis import AT_ONCE, Probes, add_gram, check_rtol,
 from theodolite.core.capture import CaptureError, Moments, check_finite, forward_nodes
 from theodolite.core.errors import InputError
 from theodolite.core.memory import bytes_per_row, chunk_rows
-from theodolite.core.view import evaluation_mode
+from theodolite.core.view import evaluation_mode, model_input
 
 _RELU = ("relu", "relu_")
 _OTHER = (
@@ -234,11 +234,11 @@ def degeneracy(
     2
     """
     check_rtol(rtol)
-    x = torch.as_tensor(X)
+    x = model_input(model, X)
     if x.ndim == 0 or len(x) == 0:
         raise InputError(f"need at least one row, got shape {tuple(x.shape)}")
     running = _linear_layers(model, x[:1])
-    chosen = list(running) if layers is None else list(layers)
+    chosen = list(running) if layers is None else [layers] if isinstance(layers, str) else list(layers)
     unknown = [name for name in chosen if name not in running]
     if unknown or not chosen:
         raise CaptureError(

@@ -32,7 +32,7 @@ class Modules:
     modularity. eps: the interaction that counts as none.
     """
 
-    labels: tuple[Int[np.ndarray, " r"], ...]
+    labels: tuple[Int[np.ndarray, " _r"], ...]
     q: float
     q_null: tuple[float, ...]
     eps: float
@@ -45,7 +45,7 @@ class Modules:
 
 
 def find_modules(
-    interactions: Sequence[Float[Tensor, "r_next r"]],
+    interactions: Sequence[Float[Tensor, "_r_next _r"]],
     eps: float | None = None,
     *,
     resolution: float = 1.0,

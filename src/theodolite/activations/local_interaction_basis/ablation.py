@@ -22,8 +22,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from theodolite.activations._basis import batches
-from theodolite.activations._nodes import kept_quality
-from theodolite.activations.local_interaction_basis.basis import LocalInteractionBasis, edges, section_index
+from theodolite.activations._nodes import NodeBasis, kept_quality, rows_of
+from theodolite.activations.local_interaction_basis.basis import edges, section_index
 from theodolite.core.curve import QualityCurve
 from theodolite.core.errors import DataError, InputError
 from theodolite.core.memory import DEFAULT_BUDGET, chunk_rows, chunks
@@ -82,17 +82,18 @@ def accuracy(y: Any) -> Score:
     >>> accuracy([0, 1])(torch.tensor([[2.0, 1.0], [3.0, 1.0]]))
     0.5
     """
-    answers = torch.as_tensor(y)
-    if answers.numel() == 0:
+    values = y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
+    if values.size == 0:
         raise DataError("there are no class labels, so there is no accuracy")
-    if answers.is_floating_point() or answers.is_complex():
-        raise DataError(f"class labels must be whole numbers, got {answers.dtype}")
-    return _Accuracy(answers)
+    if values.dtype.kind not in "iub":
+        raise DataError(
+            f"class labels must be whole numbers, the columns of the outputs from 0 on, got {values.dtype}; of names, give "
+            "their places: np.unique(y, return_inverse=True)[1], where the columns are in that order"
+        )
+    return _Accuracy(torch.from_numpy(values.astype(np.int64)))
 
 
-def ablate_nodes(
-    basis: LocalInteractionBasis, X: Any, score: Score, layer: int, ks: Sequence[int] | None = None
-) -> AblationCurve:
+def ablate_nodes(basis: NodeBasis, X: Any, score: Score, layer: int, ks: Sequence[int] | None = None) -> AblationCurve:
     """Score of the network when only the first k features of one node are kept, the rest at the mean.
 
     score(output of all rows) -> number, larger is better. ks: 1 to 10, then doubling, and all, where left out; 0 keeps the
@@ -102,7 +103,7 @@ def ablate_nodes(
     tried = _counts(chosen.rank) if ks is None else sorted(set(ks))
     if not tried or tried[0] < 0 or tried[-1] > chosen.rank:
         raise InputError(f"ks must lie in 0 .. {chosen.rank}, got {tried}")
-    x, node = torch.as_tensor(X), layer % len(basis.layers_)
+    x, node = rows_of(basis.sections, X), layer % len(basis.layers_)
     quality = kept_quality(basis.sections_, x, node, chosen, score, sorted({0, *tried}), memory=basis.memory)
     return AblationCurve(
         tuple(tried), np.array([[_finite(quality[k])] for k in tried]), chance=quality[0], reference=_finite(quality[None]),
@@ -111,7 +112,7 @@ def ablate_nodes(
 
 
 def ablate_edges(
-    basis: LocalInteractionBasis,
+    basis: NodeBasis,
     X: Any,
     score: Score,
     layer: int,
@@ -136,7 +137,7 @@ def ablate_edges(
 
 
 def edges_required(
-    basis: LocalInteractionBasis,
+    basis: NodeBasis,
     X: Any,
     score: Score,
     layer: int,
@@ -220,7 +221,7 @@ class _EdgeAblation:
     What is kept of one feature's inputs only grows with m, so a feature's values are known by how many of its edges are kept.
     """
 
-    def __init__(self, basis: LocalInteractionBasis, X: Any, score: Score, layer: int, edges: Tensor) -> None:
+    def __init__(self, basis: NodeBasis, X: Any, score: Score, layer: int, edges: Tensor) -> None:
         self.node = section_index(basis, layer)
         self.sections, self.memory = basis.sections_, basis.memory
         self.before, self.after = basis.layers_[self.node : self.node + 2]
@@ -229,7 +230,7 @@ class _EdgeAblation:
             raise InputError(
                 f"edges must be finite, of shape ({self.after.rank}, {self.before.rank}), got {tuple(E.shape)}"
             )
-        x = torch.as_tensor(X)
+        x = rows_of(basis.sections, X)
         self._score, self._scores, self.total = score, dict[int, float](), E.numel()
         rank = torch.empty(E.numel(), dtype=torch.int64, device=E.device)
         rank[E.flatten().argsort(descending=True, stable=True)] = torch.arange(E.numel(), device=E.device)

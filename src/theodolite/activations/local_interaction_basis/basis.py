@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -23,9 +23,18 @@ from theodolite.activations._basis import (
     layer_basis,
 )
 from theodolite.activations._edges import Path, edge_blocks, edge_strengths
-from theodolite.activations._nodes import ModuleNodes, NodeBasis, backward_layers, chain_of, node_statistics, unmixed
+from theodolite.activations._nodes import (
+    NodeBasis,
+    backward_layers,
+    chain_of,
+    modules_of,
+    node_statistics,
+    rows_of,
+    unmixed,
+)
 from theodolite.activations.local_interaction_basis.norms import NormSpread
 from theodolite.core.errors import InputError, ModelError
+from theodolite.core.sections import Sections
 
 _MOST_OUTPUTS = 4096
 _TIMED_ROWS = 32
@@ -66,7 +75,7 @@ class LocalInteractionBasis(NodeBasis):
     Source: Bushnaq et al., 2024, arXiv:2405.10928.
 
     >>> _ = torch.manual_seed(0)
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     >>> x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
     >>> basis = LocalInteractionBasis.from_module(net, nodes=["input", "1"]).fit(x)
     >>> [layer.rank for layer in basis.layers_]
@@ -112,10 +121,10 @@ class LocalInteractionBasis(NodeBasis):
         mask: (n, p) True where a position counts; the others are left out of G and K, in nodes that have p positions.
         """
         self._check_settings()
-        x = _rows(X)
+        x = rows_of(self.sections, X)
         _check_modes(self.sections)
         self.sections_ = chain_of(self.sections, x)
-        counted = _mask(mask, x)
+        counted = _mask(mask, x, self.sections_)
         every: dict[str, Any] = {"mask": counted, "batch_size": self.batch_size, "memory": self.memory}
         self._check_outputs(x)
         means, grams, _ = node_statistics(self.sections_, x, center=self.center, **every)
@@ -213,29 +222,30 @@ class LocalInteractionBasis(NodeBasis):
         return np.linspace(0, 1, self.n_quadrature).tolist(), weights.tolist()
 
 
-def edges(basis: LocalInteractionBasis, X: Any, layer: int, *, mask: Any = None) -> Float[Tensor, "r_next r"]:
+def edges(basis: NodeBasis, X: Any, layer: int, *, mask: Any = None) -> Float[Tensor, "r_next r"]:
     """E (r_{l+1}, r_l): how strongly each feature j of node ``layer`` acts on each feature i of the next one; float64, no root.
 
     E_ij = (1/(n p)) sum over rows and output positions t of (sum over input positions s of A_{t,i;s,j})^2, p the number of
     input positions and A the basis's attribution. The mean's own edges are not among them. E grows with the square of a
-    feature's scale, so compare bases by `edges_required`, not by shares of E.
+    feature's scale, so compare bases by `edges_required`, not by shares of E. Takes an `InteractionBasis` as well.
 
-    >>> net = nn.Sequential(nn.Linear(3, 2, bias=False))
+    >>> net = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False))
     >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     >>> edges(LocalInteractionBasis([net]).fit(x), x, 0).shape
     torch.Size([2, 2])
     """
-    node, x = section_index(basis, layer), _rows(X)
-    return edge_strengths(basis.sections_, x, node, basis.layers_, mask=_mask(mask, x), **_edge_options(basis))
+    node, x = section_index(basis, layer), rows_of(basis.sections, X)
+    counted = _mask(mask, x, basis.sections_)
+    return edge_strengths(basis.sections_, x, node, basis.layers_, mask=counted, **_edge_options(basis))
 
 
-def attributions(basis: LocalInteractionBasis, X: Any, layer: int) -> Float[Tensor, "row position r_next r"]:
+def attributions(basis: NodeBasis, X: Any, layer: int) -> Float[Tensor, "row position r_next r"]:
     """A of each row: what each feature of node ``layer`` adds to each of the next, summed over input positions; float64.
 
     "integrated" adds up: the sum over the features is what the next node's feature is at the row less what it is at the mean.
     Holds everything at once: n p' r_{l+1} r_l numbers. Of a node without positions p' is 1.
     """
-    node, x = section_index(basis, layer), _rows(X)
+    node, x = section_index(basis, layer), rows_of(basis.sections, X)
     before, after = basis.layers_[node : node + 2]
     options = _edge_options(basis)
     options["n_probes"] = None
@@ -249,7 +259,7 @@ def attributions(basis: LocalInteractionBasis, X: Any, layer: int) -> Float[Tens
     return torch.cat(parts).unflatten(1, (-1, after.rank))
 
 
-def _edge_options(basis: LocalInteractionBasis) -> dict[str, Any]:
+def _edge_options(basis: NodeBasis) -> dict[str, Any]:
     return {
         "path": basis._path(),
         "n_probes": basis.n_probes,
@@ -259,7 +269,7 @@ def _edge_options(basis: LocalInteractionBasis) -> dict[str, Any]:
     }
 
 
-def section_index(basis: LocalInteractionBasis, layer: int) -> int:
+def section_index(basis: NodeBasis, layer: int) -> int:
     """The number of the section that starts at node ``layer``; the last node starts none."""
     basis._layer(layer)
     count = len(basis.layers_)
@@ -269,16 +279,7 @@ def section_index(basis: LocalInteractionBasis, layer: int) -> int:
     return node
 
 
-def _rows(X: Any) -> Tensor:
-    try:
-        return torch.as_tensor(X)
-    except (ValueError, TypeError) as error:
-        raise InputError(
-            "rows must make one array; pad sequences of different lengths to one length and give fit a mask (rows, positions)"
-        ) from error
-
-
-def _mask(mask: Any, x: Tensor) -> Bool[Tensor, "row position"] | None:
+def _mask(mask: Any, x: Tensor, sections: Sections) -> Bool[Tensor, "row position"] | None:
     if mask is None:
         return None
     counted = torch.as_tensor(mask)
@@ -288,12 +289,16 @@ def _mask(mask: Any, x: Tensor) -> Bool[Tensor, "row position"] | None:
         )
     if not bool(counted.any()):
         raise InputError("the mask leaves no position")
+    shapes = [tuple(node.shape[1:]) for node in sections.nodes(x[:1])]
+    if not any(len(shape) == 2 and shape[0] == counted.shape[1] for shape in shapes):
+        raise InputError(
+            f"the mask has {counted.shape[1]} positions, and no node has as many: they are of shapes {shapes}"
+        )
     return counted
 
 
 def _check_modes(sections: Any) -> None:
-    given = [sections.model] if isinstance(sections, ModuleNodes) else getattr(sections, "functions", sections)
-    modules = [part for one in given if isinstance(one, nn.Module) for part in one.modules()]
+    modules = [part for one in modules_of(sections) for part in one.modules()]
     if any(isinstance(part, _BatchNorm) and part.training for part in modules):
         raise ModelError(
             "batch normalisation is in training mode, where each row's output depends on the other rows; call model.eval() "

@@ -10,8 +10,9 @@ import networkx as nx
 import pandas as pd
 import torch
 
+from theodolite.activations._nodes import NodeBasis
 from theodolite.activations.interaction_basis import Modules, find_modules
-from theodolite.activations.local_interaction_basis.basis import LocalInteractionBasis, edges
+from theodolite.activations.local_interaction_basis.basis import edges
 from theodolite.core.errors import DataError, InputError
 
 _INKS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b7791f", "#97266d", "#0987a0", "#9b2c2c")
@@ -117,7 +118,7 @@ class InteractionGraph:
         return figure
 
 
-def interaction_graph(basis: LocalInteractionBasis, X: Any, *, drop: float = 0.001) -> InteractionGraph:
+def interaction_graph(basis: NodeBasis, X: Any, *, drop: float = 0.001) -> InteractionGraph:
     """The features of all layers and the strongest edges, without those that carry ``drop`` of the whole interaction.
 
     Edges of each pair of layers are taken as shares of the pair's own sum, so that layers of different scales can be seen
@@ -126,6 +127,7 @@ def interaction_graph(basis: LocalInteractionBasis, X: Any, *, drop: float = 0.0
 
     Raises InputError for a drop outside (0, 1), DataError where nothing interacts.
 
+    >>> from theodolite.activations.local_interaction_basis import LocalInteractionBasis
     >>> _ = torch.manual_seed(0)
     >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     >>> basis = LocalInteractionBasis([torch.nn.Linear(3, 3), torch.nn.Linear(3, 2)]).fit(x)

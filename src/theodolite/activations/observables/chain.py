@@ -21,7 +21,7 @@ def propagate_modules(
     observable: Observable,
     names: Sequence[str],
     *,
-    inputs: Sequence[Any] | Tensor,
+    inputs: Any,
     at: At,
     normalise: bool,
 ) -> FeatureVector:
@@ -31,12 +31,12 @@ def propagate_modules(
     rows' activations before the earliest module; "boundary" is where the observable itself is zero. A stretch that a
     residual connection leads around a named module is left out, as on a path of components.
     """
-    rows = [torch.as_tensor(one) for one in inputs]
+    rows = [model_input(model, one) for one in inputs]
     if len(rows) != 2 or rows[0].shape != rows[1].shape or rows[0].ndim == 0:
         raise InputError(f"prompts must be two inputs of one shape, got {[tuple(row.shape) for row in rows]}")
     if len(set(names)) != len(names):
         raise InputError(f"a module is named twice: {list(names)}")
-    both, node = model_input(model, torch.stack(rows)), f"{names[-1]}:input"
+    both, node = torch.stack(rows), f"{names[-1]}:input"
     ends = activations(model, both, [node])[node]
     if not ends.is_floating_point():
         raise InputError(

@@ -149,11 +149,17 @@ def _aligned(feature: FeatureVector, ids: list[Tensor]) -> list[int]:
     return given
 
 
+def _rows(model: Any, inputs: Any) -> Tensor:
+    """Inputs of a network that is no decoder, as one batch in its precision."""
+    if hasattr(inputs, "__array__"):
+        return model_input(model, inputs)
+    return torch.stack([model_input(model, one) for one in inputs]) if len(inputs) else torch.empty(0)
+
+
 def _read_modules(
     model: Any, feature: FeatureVector, observable: Observable, inputs: Any, memory: int | None
 ) -> Readings:
-    whole = isinstance(inputs, Tensor) or hasattr(inputs, "__array__")
-    x = model_input(model, inputs if whole else torch.stack([*map(torch.as_tensor, inputs)]))
+    x = _rows(model, inputs)
     if len(x) == 0:
         raise InputError("need at least one input")
     node = f"{feature.layer}:input"
@@ -183,7 +189,7 @@ def evaluate(
     is the same for all of them, labels of one class.
     """
     found = read(model, feature, observable, prompts, tokens=tokens, memory=memory)
-    own = _from_pair(feature, prompts, observable)
+    own = _from_pair(model, feature, prompts, observable)
     if len(found.observed) - own < 3:
         raise DataError(
             f"{len(found.observed)} prompts of which {own} are the pair that the feature was made from tell nothing; give at "
@@ -202,14 +208,11 @@ def report(feature: FeatureVector, found: Readings, *, labels: Any = None, from_
     return FeatureReport(_r2(scores, observed), slope, intercept, auc, len(scores), from_pair)
 
 
-def _from_pair(feature: FeatureVector, prompts: Any, observable: Observable) -> int:
+def _from_pair(model: Any, feature: FeatureVector, prompts: Any, observable: Observable) -> int:
     if feature.pair is None:
         return 0
-    if feature.stream == "input":
-        rows = np.asarray(prompts) if hasattr(prompts, "__array__") and not isinstance(prompts, Tensor) else prompts
-    else:
-        rows = as_prompts(prompts, observable.tokenizer)
-    return sum(any(torch.equal(torch.as_tensor(row).to(own), own) for own in feature.pair) for row in rows)
+    rows = _rows(model, prompts) if feature.stream == "input" else as_prompts(prompts, observable.tokenizer)
+    return sum(any(torch.equal(row, own) for own in feature.pair) for row in rows)
 
 
 def _binary(labels: Any, n: int) -> np.ndarray:

@@ -1,11 +1,13 @@
 """Observables: linear functionals of a model's scores, and the prompts that they are measured on."""
 
-__all__ = ["Observable", "Prompts", "as_prompts", "check_pair", "varying_tokens"]
+__all__ = ["Observable", "Prompt", "Prompts", "as_prompts", "check_pair", "varying_tokens"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,7 +15,8 @@ from torch import Tensor
 from theodolite.core.errors import InputError
 from theodolite.core.transformer import same_length
 
-Prompts = Sequence[str | Sequence[int] | Tensor] | Tensor
+Prompt = str | Sequence[int] | Tensor | np.ndarray
+Prompts = Sequence[Prompt] | Tensor | np.ndarray | pd.DataFrame
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from theodolite.activations.observables.chain import propagate_modules
 from theodolite.activations.observables.feature import Component, ComponentPath, FeatureVector
-from theodolite.activations.observables.observable import Observable, as_prompts, check_pair, varying_tokens
+from theodolite.activations.observables.observable import (
+    Observable,
+    Prompt,
+    Prompts,
+    as_prompts,
+    check_pair,
+    varying_tokens,
+)
 from theodolite.activations.observables.segment import At, point_on_segment
 from theodolite.core.capture import main_tensor
 from theodolite.core.errors import InputError
@@ -21,7 +28,6 @@ from theodolite.core.transformer import DecoderBlock, DecoderParts, DecoderRun, 
 from theodolite.core.view import evaluation_mode
 
 NormRule = Literal["exact", "scale", "none"]
-Prompt = str | Sequence[int] | Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +71,7 @@ def propagate(
     observable: Observable,
     path: Sequence[Component] | Sequence[str],
     *,
-    prompts: Sequence[Prompt] | Tensor | None = None,
+    prompts: Prompts | None = None,
     at: At = "boundary",
     norm: NormRule = "exact",
     normalise: bool = False,

@@ -2,7 +2,6 @@
 
 __all__ = ["ComponentScores", "ScoredPath", "find_paths", "head_scores"]
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from theodolite.activations.observables.feature import Component, ComponentPath, FeatureVector
-from theodolite.activations.observables.observable import Observable, check_pair
-from theodolite.activations.observables.propagation import Pair, Prompt, extend, follow
+from theodolite.activations.observables.observable import Observable, Prompts, check_pair
+from theodolite.activations.observables.propagation import Pair, extend, follow
 from theodolite.core.capture import main_tensor
 from theodolite.core.errors import InputError
 from theodolite.core.transformer import decoder_parts
@@ -74,9 +73,7 @@ class ComponentScores:
             return found, through, gain * float((ends[0] - ends[1]) @ y)
 
 
-def head_scores(
-    model: Any, observable: Observable, prompts: Sequence[Prompt] | Tensor
-) -> Float[Tensor, "layer head token"]:
+def head_scores(model: Any, observable: Observable, prompts: Prompts) -> Float[Tensor, "layer head token"]:
     """What each head carries straight to the observable from each token: the first step of `find_paths` as a table.
 
     Positive minus negative prompt, in units of the observable, attention held fixed midway between the two.
@@ -90,7 +87,7 @@ def head_scores(
 def find_paths(
     model: Any,
     observable: Observable,
-    prompts: Sequence[Prompt] | Tensor,
+    prompts: Prompts,
     *,
     max_length: int = 4,
     beam: int = 10,

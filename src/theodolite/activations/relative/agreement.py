@@ -176,12 +176,12 @@ def _ranks(across: Tensor, own: Tensor) -> Tensor:
 
 def _linear_cka(a: Tensor, b: Tensor) -> float:
     """|A^T B|^2 / (|A^T A| |B^T B|) of centred columns, in float64; it keeps no scale, so the fourth powers need not overflow."""
-    a, b = (space / space.abs().max() for space in (a, b))
-    mean_a, mean_b = a.double().mean(dim=0), b.double().mean(dim=0)
+    size_a, size_b = float(a.abs().max()), float(b.abs().max())
+    mean_a, mean_b = a.double().mean(dim=0) / size_a, b.double().mean(dim=0) / size_b
     cross, own_a, own_b = (torch.zeros(len(p), len(q), dtype=torch.float64, device=a.device) for p, q in
                            ((mean_a, mean_b), (mean_a, mean_a), (mean_b, mean_b)))  # fmt: skip
     for part in chunks(len(a), 16.0 * (a.shape[1] + b.shape[1])):
-        x, y = a[part].double() - mean_a, b[part].double() - mean_b
+        x, y = a[part].double() / size_a - mean_a, b[part].double() / size_b - mean_b
         cross += x.mT @ y
         own_a += x.mT @ x
         own_b += y.mT @ y

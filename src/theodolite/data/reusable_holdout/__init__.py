@@ -19,6 +19,7 @@ __all__ = [
     "AttackResult",
     "AuditReport",
     "Bound",
+    "BudgetExhausted",
     "Empirical",
     "GaussianNoise",
     "HoldoutLeakError",
@@ -43,6 +44,7 @@ __all__ = [
     "reusable_scorer",
 ]
 
+from theodolite.core.errors import BudgetExhausted
 from theodolite.data.reusable_holdout.answers import (
     Answer,
     HoldoutLeakError,

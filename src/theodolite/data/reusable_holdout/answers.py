@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 
 from theodolite.core.errors import DataError, InputError
 
@@ -66,12 +67,16 @@ def mean_of(values: np.ndarray) -> float:
     return float(values.mean())
 
 
-def check_sample(x: Any, y: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and labels as arrays; empty or NaN ones are refused."""
-    x, y = np.asarray(x), np.asarray(y)
+def check_sample(x: Any, y: Any, name: str) -> tuple[Any, Any]:
+    """Rows and labels as arrays, data frames and series as they are; empty ones and missing values are refused."""
+    x, y = (part if isinstance(part, pd.DataFrame | pd.Series) else np.asarray(part) for part in (x, y))
+    if x.ndim == 0 or y.ndim == 0:
+        raise DataError(f"the {name} sample needs rows and labels as arrays (sparse ones by .toarray()) or data frames")
     if len(x) == 0 or len(x) != len(y):
         raise DataError(f"the {name} sample needs as many labels as rows and at least one, got {len(x)} and {len(y)}")
     for part in (x, y):
-        if np.issubdtype(part.dtype, np.floating) and not np.isfinite(part).all():
+        values = np.asarray(part)
+        numbers = values.dtype.kind in "fc"
+        if not np.isfinite(values).all() if numbers else pd.isna(values).any():
             raise DataError(f"the {name} sample holds NaN or infinite values")
     return x, y

@@ -29,7 +29,7 @@ def adaptive_bias(d: int, n: int, sigma: float = 0.0) -> float:
     >>> round(adaptive_bias(1000, 1000), 4)
     0.7875
     """
-    if d < 0 or n < 1 or sigma < 0:
+    if d < 0 or n < 1 or not sigma >= 0:
         raise InputError(f"need d >= 0 queries, n >= 1 rows and sigma >= 0, got d={d}, n={n}, sigma={sigma}")
     return float(stats.norm.cdf(math.sqrt(2 * d / (math.pi * n)) / math.sqrt(1 + n * sigma * sigma)))
 
@@ -109,6 +109,8 @@ def max_safe_queries(n: int, tau: float, beta: float = 0.05, mechanism: str = "e
 def theory_settings(n: int, tau: float, beta: float, m: int) -> tuple[float, float, int]:
     """Threshold 3 tau / 4, noise tau / (96 log(4 m / beta)) and the largest budget that n rows carry (0: none)."""
     _check(tau, beta)
+    if m < 1:
+        raise InputError(f"max_queries must be at least 1, got {m}")
     allowed = n * tau**2 / math.log(m / beta)
     inner = max(1.0, math.log(math.log(m / beta) / tau))
     budget = int(max(min(allowed, inner), allowed**2 / inner)) if allowed >= 1 else 0

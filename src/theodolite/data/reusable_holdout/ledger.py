@@ -25,7 +25,7 @@ class RepeatedSeedWarning(UserWarning):
     """A holdout is opened again with noise that was used on it before; different questions then share their noise."""
 
 
-def fingerprint(x: np.ndarray, y: np.ndarray) -> str:
+def fingerprint(x: Any, y: Any) -> str:
     """SHA-256 of the rows and labels: the same rows under another name have the same account."""
     digest = hashlib.sha256()
     for part in (x, y):
@@ -64,7 +64,10 @@ class Ledger:
         self.seeds: set[int] = set()
         self.damaged = 0
         self.budget_left: int | None = None
-        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        try:
+            text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        except OSError as error:
+            raise DiskError(f"cannot read the holdout's ledger {self.path}: {error.strerror}") from error
         for line in text.splitlines():
             self._read(line)
         if self.budget_left is not None:
@@ -130,7 +133,7 @@ class AuditReport:
 def audit(log: "pd.DataFrame | str | Path", *, rows: int | None = None) -> AuditReport:
     """Count the adaptive looks of a log and bound the bias that they could have caused.
 
-    log: the `.log` of a mechanism, or a file: a ledger (.jsonl), or a CSV with a column "source" or one row for each look.
+    log: the `.log` of a mechanism, or a file: a ledger, or a CSV with a column "source" or one row for each look.
     rows: size of the holdout where the log does not say.
     """
     if isinstance(log, (str, Path)):
@@ -151,8 +154,9 @@ def _read_log(path: Path) -> pd.DataFrame:
     if not path.exists():
         raise DataError(f"there is no log {path}")
     try:
-        if path.suffix == ".jsonl":
-            return pd.DataFrame([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+        text = path.read_text(encoding="utf-8")
+        if text.lstrip().startswith("{"):
+            return pd.DataFrame([json.loads(line) for line in text.splitlines() if line])
         return pd.read_csv(path)
-    except (ValueError, UnicodeDecodeError, pd.errors.ParserError) as error:
-        raise DataError(f"{path} is neither a ledger (.jsonl) nor a CSV: {error}") from error
+    except (OSError, ValueError, UnicodeDecodeError, pd.errors.ParserError) as error:
+        raise DataError(f"{path} is neither a ledger (a line of JSON an answer) nor a CSV: {error}") from error

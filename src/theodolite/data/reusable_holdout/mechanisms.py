@@ -75,7 +75,7 @@ class SampleSplitting(_Logged):
         if used >= len(self._parts):
             raise BudgetExhausted(f"all {used} parts of the sample are used; no answer was made")
         rows = self._parts[used]
-        x, y = (part[rows] for part in self._sample)
+        x, y = (getattr(part, "iloc", part)[rows] for part in self._sample)
         value = query_mean(query if callable(query) else np.asarray(query)[rows], x, y, len(rows))
         return self._give(value, "holdout", _sampling_error(len(rows)), len(self._parts) - used - 1, name)
 
@@ -105,8 +105,8 @@ class PrivateMultiplicativeWeights(_Logged):
     free; otherwise w(x) is multiplied by exp(-eta r(x)) with r = q where d < 0 and 1 - q else, the answer is a, and one of
     at most 8 log|X| / T^2 updates is spent. Defaults eta = T / 2, s = T / (4 log(4 m)).
 
-    universe_size: |X|; sample_index: (n,) the point of X that each row is. Source: Hardt and Rothblum, 2010; Dwork et
-    al., 2014, arXiv:1411.2664.
+    universe: the |X| points, or how many; sample_index: (n,) the point of X that each row is.
+    Source: Hardt and Rothblum, 2010; Dwork et al., 2014, arXiv:1411.2664.
     """
 
     def __init__(
@@ -186,11 +186,15 @@ class SparseValidate(_Logged):
             raise InputError(f"need a tolerance in (0, 1) and a budget of at least 1, got {tolerance} and {budget}")
         self.tolerance, self.remaining = tolerance, budget
         self.sigma = tolerance / 32 if sigma is None else sigma
+        if not self.sigma >= 0:
+            raise InputError(f"sigma must not be negative, got {sigma}")
         self._rng = np.random.default_rng(seed)
         self._gamma = float(self._rng.laplace(0.0, 2 * self.sigma))
 
     def ask(self, query: Query | np.ndarray, *, claim: float, name: str = "") -> Answer:
         """1.0 where the claimed mean holds, 0.0 where it does not."""
+        if not 0 <= claim <= 1:
+            raise InputError(f"a claimed mean lies in [0, 1], got {claim}")
         if self.remaining < 1:
             raise BudgetExhausted("the budget of failed claims is spent; no answer was made")
         n = len(self._sample[0])

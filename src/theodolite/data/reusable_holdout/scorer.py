@@ -11,23 +11,23 @@ from theodolite.core.errors import InputError
 from theodolite.data.reusable_holdout.answers import NotAStatisticalQuery
 from theodolite.data.reusable_holdout.thresholdout import Thresholdout
 
-PerRow = Callable[[Any, np.ndarray, np.ndarray], np.ndarray]
+PerRow = Callable[[Any, Any, Any], np.ndarray]
 
 
-def _accuracy(estimator: Any, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return (estimator.predict(x) == y).astype(np.float64)
+def _accuracy(estimator: Any, x: Any, y: Any) -> np.ndarray:
+    return (estimator.predict(x) == np.asarray(y)).astype(np.float64)
 
 
-def _one_hot(estimator: Any, y: np.ndarray) -> np.ndarray:
-    return (np.asarray(estimator.classes_)[None, :] == y[:, None]).astype(np.float64)
+def _one_hot(estimator: Any, y: Any) -> np.ndarray:
+    return (np.asarray(estimator.classes_)[None, :] == np.asarray(y)[:, None]).astype(np.float64)
 
 
-def _brier(estimator: Any, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _brier(estimator: Any, x: Any, y: Any) -> np.ndarray:
     # half the squared distance between two distributions lies in [0, 1]; larger is better
     return 1 - ((estimator.predict_proba(x) - _one_hot(estimator, y)) ** 2).sum(axis=1) / 2
 
 
-def _log_loss(estimator: Any, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _log_loss(estimator: Any, x: Any, y: Any) -> np.ndarray:
     right = (estimator.predict_proba(x) * _one_hot(estimator, y)).sum(axis=1)
     return 1 - np.clip(-np.log(np.clip(right, 1e-15, None)) / _LOSS_CUT, 0, 1)
 
@@ -74,7 +74,7 @@ def reusable_scorer(
             train, held = holdout.evaluate(lambda x, t: float(per_row(estimator, x, t)))
             return holdout.ask_statistic(train, held, sensitivity=sensitivity, name=label).value
 
-        def question(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        def question(x: Any, t: Any) -> np.ndarray:
             values = np.asarray(per_row(estimator, x, t))
             if values.ndim == 0:
                 raise NotAStatisticalQuery(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from theodolite.core.errors import BudgetExhausted, InputError
+from theodolite.core.errors import BudgetExhausted, DataError, InputError
 from theodolite.core.memory import chunks
 from theodolite.data.reusable_holdout.answers import Answer, HoldoutLeakError, Query, check_sample, mean_of, query_mean
 from theodolite.data.reusable_holdout.bounds import smallest_tolerance, theory_settings
@@ -32,6 +32,8 @@ class Thresholdout:
     preset "science": the published experiment: T = 4 / sqrt(n), Gaussian noise of deviation 1 / sqrt(n) on threshold
     and answer, no budget and no fresh gamma. It carries no guarantee.
     Without a preset what is not given is filled in from the theory's formulas, again without a guarantee.
+
+    A query function gets the rows and labels as they were given here: data frames stay data frames.
 
     ledger: a file that keeps the account across restarts, found again by the rows themselves; with less budget left
     there than asked for here, the smaller one counts and `note` says so. allow_shared_rows: whether a row may stand in both
@@ -71,12 +73,16 @@ class Thresholdout:
             raise InputError(
                 f"preset is theory, science or None and noise laplace or gaussian; got {preset!r}, {noise!r}"
             )
+        shapes = [np.shape(x)[1:] for x in (self._train[0], self._holdout[0])]
+        if shapes[0] != shapes[1]:
+            raise DataError(f"training and holdout rows have different shapes, {shapes[0]} and {shapes[1]}")
         if not allow_shared_rows:
             self._refuse_shared_rows()
         n = len(self._holdout[0])
         self.preset, self.noise, self.seed = preset, noise, seed
         self.tolerance, self.confidence, self.max_queries = tolerance, confidence, max_queries
         self._refresh = preset != "science"
+        theory_threshold, theory_sigma, theory_budget = theory_settings(n, tolerance, 1 - confidence, max_queries)
         if preset == "science":
             self.noise = "gaussian"
             self.tolerance = 1 / math.sqrt(n)
@@ -84,7 +90,6 @@ class Thresholdout:
             self._scales = (0.0, self.tolerance, self.tolerance)
             self.remaining = budget
         else:
-            theory_threshold, theory_sigma, theory_budget = theory_settings(n, tolerance, 1 - confidence, max_queries)
             if preset == "theory" and theory_budget < 1:
                 raise InputError(
                     f"{n} holdout rows cannot answer {max_queries} queries within {tolerance}: the smallest tolerance "
@@ -106,7 +111,7 @@ class Thresholdout:
         self._gamma = self._draw(self._scales[0])
 
     def _refuse_shared_rows(self) -> None:
-        train, holdout = (_row_keys(x) for x in (self._train[0], self._holdout[0]))
+        train, holdout = _row_keys(np.asarray(self._train[0]), np.asarray(self._holdout[0]))
         shared = int(np.isin(holdout, train).sum())
         if shared:
             raise HoldoutLeakError(
@@ -126,8 +131,12 @@ class Thresholdout:
                 stacklevel=3,
             )
         left = ledger.budget_left
+        if left is None and self.remaining is not None:
+            left = max(0, self.remaining - ledger.damaged)
         if left is not None and self.remaining is not None and left < self.remaining:
             self.note = f"{self._first} questions were asked of these rows before; {left} of the budget are left"
+            if ledger.damaged:
+                self.note += f" ({ledger.damaged} lines of the ledger cannot be read; each counts as one of them)"
             self.remaining = left
         ledger.open(seed=self.seed, rows=len(self._holdout[0]), budget_left=self.remaining)
         return ledger
@@ -169,7 +178,7 @@ class Thresholdout:
             answers += [self._answer(float(t), float(h), name, 1.0) for t, h in means]
         return answers
 
-    def evaluate(self, statistic: Callable[[np.ndarray, np.ndarray], float]) -> tuple[float, float]:
+    def evaluate(self, statistic: Callable[[Any, Any], float]) -> tuple[float, float]:
         """A statistic of (X, y) on both samples, for `ask_statistic`; what it returns must not be shown to an analyst."""
         return statistic(*self._train), statistic(*self._holdout)
 
@@ -230,8 +239,15 @@ def _row_means(values: np.ndarray) -> np.ndarray:
     )
 
 
-def _row_keys(x: np.ndarray) -> np.ndarray:
-    """One comparable item a row: its bytes."""
-    rows = x.reshape(len(x), -1)
-    rows = np.ascontiguousarray(rows.astype(str) if rows.dtype == object else rows)
-    return rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).ravel()
+def _row_keys(train: np.ndarray, holdout: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One item a row, its bytes in a type that both have: floats in the coarser one, so that a rounded copy is a copy."""
+    pair = [x.reshape(len(x), -1) for x in (train, holdout)]
+    kinds = {x.dtype.kind for x in pair}
+    if kinds == {"f"}:
+        common = min((x.dtype for x in pair), key=lambda kind: kind.itemsize)
+    else:
+        pair = pair if kinds <= set("biuf") else [x.astype(str) for x in pair]
+        common = np.result_type(*pair)
+    pair = [np.ascontiguousarray(x, dtype=common) for x in pair]
+    keys = [x.view(np.dtype((np.void, common.itemsize * x.shape[1]))).ravel() for x in pair]
+    return keys[0], keys[1]

@@ -113,9 +113,10 @@ class LocalApproximation:
     def explain(self, f: Any, X: Any, target: Any = None) -> LocalExplanation:
         """Weights for every row of ``X`` (n, d) or (n, C, H, W), a tensor or an array.
 
-        f: an nn.Module (its class probabilities are explained), a fitted scikit-learn estimator, a callable batch -> (n,)
-        or (n, classes), or a `ModelView` (for logits, or a network's regression value). target: class index, one or one
-        for each row; None is the class predicted for each row (index 0 of a single output).
+        f: an nn.Module (the softmax of its class scores is explained; what has one output, or gives probabilities already,
+        is taken as it is), a fitted scikit-learn estimator, a callable batch -> (n,) or (n, classes), or a `ModelView` (for
+        the logits of a network). target: class index, one or one for each row; None is the class predicted for each row
+        (index 0 of a single output).
 
         Raises NotDifferentiableError, DegenerateNeighbourhoodError, and InputError for rows or options that do not fit.
         """

@@ -29,8 +29,9 @@ _MAX_ROWS = 200_000
 class LocalFunction:
     """F(z) of every row of ``X``, with the score of its target class, averaged over the baselines of the neighbourhood.
 
-    f: an nn.Module (its probability is explained), an estimator (predict_proba, or predict of a regressor), a callable
-    batch -> (n,) or (n, classes) that is taken as it is, or a ModelView that says which of these.
+    f: an nn.Module (softmax of its class scores; what has one output, or gives probabilities already, is taken as it is), an
+    estimator (predict_proba, or predict of a regressor), a callable batch -> (n,) or (n, classes) that is taken as it is, or
+    a ModelView that says which of these.
     target: class index, one or one for each row; None is the predicted class of each row.
     """
 
@@ -52,6 +53,9 @@ class LocalFunction:
         self.baselines = _baselines(baseline, x) if neighbourhood.multiplicative else self.x[:1]
         self._cost: dict[bool, float] = {}
         scores = self._scores(x)
+        if isinstance(f, nn.Module) and scores.shape[1] > 1 and not _are_probabilities(scores):
+            self.view, scores = ModelView(f, output="probability"), torch.softmax(scores, dim=1)
+            self._cost.clear()
         self.target = self.view.targets(x, _class_index(target, scores.device), scores)
         self.anchor = _finite(scores.gather(1, self.target[:, None])[:, 0].double(), "f at X")
         self.evaluations = len(x)
@@ -270,12 +274,18 @@ def view_of(f: Any) -> ModelView:
     if isinstance(f, ModelView):
         return f
     if isinstance(f, nn.Module):
-        return ModelView(f, output="probability")
+        return ModelView(f, output="raw")
     if hasattr(f, "predict") and not isinstance(f, type):
         return ModelView(f, output="probability" if hasattr(f, "predict_proba") else "value")
     if not callable(f) or isinstance(f, type):
         raise ModelError(f"f must be an nn.Module, a fitted estimator or a callable, got {f!r}")
     return ModelView(_tensor_valued(f), output="raw")
+
+
+def _are_probabilities(scores: Tensor) -> bool:
+    """Whether each row is a distribution, as after a softmax, which a second one would flatten."""
+    off = (scores.double().sum(dim=1) - 1).abs()
+    return bool((scores >= 0).all()) and bool((off < 1e-4 + 2 * torch.finfo(scores.dtype).eps).all())
 
 
 def _tensor_valued(f: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:

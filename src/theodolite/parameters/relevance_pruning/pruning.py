@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -125,8 +126,9 @@ class RelevancePruner:
 
     def _steps(self, units: int) -> list[int]:
         """How many units go in each step."""
-        target = int(self.amount) if isinstance(self.amount, int) else round(self.amount * units)
-        if not 0 < target < units or (isinstance(self.amount, float) and self.amount >= 1):
+        number = isinstance(self.amount, Integral)
+        target = int(self.amount) if number else round(self.amount * units)
+        if not 0 < target < units or (not number and self.amount >= 1):
             raise InputError(
                 f"amount={self.amount} of {units} units; give a number from 1 to {units - 1}, or a share below 1"
             )

@@ -175,7 +175,7 @@ def budget_ranks(shape: Sequence[int], budget: int, *, keep_kernel: bool = True)
     """
     shape = tuple(int(size) for size in shape)
     least = parameter_count(shape, [1] * len(shape))
-    if not budget >= least:
+    if budget < least:
         raise InputError(
             f"a budget of {budget} numbers is too small for a weight of shape {shape}: rank 1 in every mode takes {least}"
         )

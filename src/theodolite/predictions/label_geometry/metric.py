@@ -109,7 +109,8 @@ class LabelMetric:
     def from_matrix(cls, distances: Any, labels: Iterable[Label]) -> "LabelMetric":
         """Precomputed distances (N, N), rows and columns in the order of ``labels``; one that is no metric warns.
 
-        A data frame whose rows and columns bear the labels' names is put in their order. DataError for entries that are negative, not finite or not symmetric.
+        A data frame whose rows and columns bear the labels' names is put in their order. DataError for entries that are
+        negative, not finite or not symmetric.
         """
         names = names_of(labels)
         for axis in (0, 1):

@@ -29,7 +29,8 @@ class FrechetPredictor(BaseEstimator):
     """y(x) = argmin over all labels y of sum_i P(l_i | x) d(y, l_i)^2; with all distances equal it is argmax.
 
     metric: distances between all labels, by name. observed: the labels that the probabilities are about, in the order of
-    their columns (a data frame whose columns bear these names may have them in any order). temperature: probabilities are sharpened to p^(1/T) / sum, which is softmax(logits / T).
+    their columns (a data frame whose columns bear these names may have them in any order). temperature: probabilities are
+    sharpened to p^(1/T) / sum, which is softmax(logits / T).
     chunk_size: labels whose scores are held at a time. Ties go to the label that comes first in ``metric.labels``;
     `ties_` counts the tied rows of the last prediction. `temperature_` is what `fit_temperature` chose.
 

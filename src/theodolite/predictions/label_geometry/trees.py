@@ -3,6 +3,7 @@
 __all__ = ["locus_curve", "minimum_locus_cover", "tree_locus"]
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -13,7 +14,7 @@ from theodolite.predictions.label_geometry.metric import Label, LabelGraph, Labe
 from theodolite.predictions.label_geometry.rooted import RootedTree
 
 
-def as_metric(metric: LabelMetric | nx.Graph) -> LabelMetric:
+def as_metric(metric: Any) -> LabelMetric:
     """A metric, from itself or from a networkx graph; InputError for anything else."""
     if not isinstance(metric, LabelMetric | nx.Graph):
         raise InputError(

@@ -174,10 +174,16 @@ def interaction_basis(subject: Subject, budget: Budget) -> Finding:
         on_test(basis),
         (
             *(
-                Control(f"{k} {kind} of largest variance", on_test(other), "closed-form")
+                Control(
+                    f"the {k} {kind} of largest variance"
+                    if k > 1
+                    else f"the one of the {kind} with the largest variance",
+                    on_test(other),
+                    "closed-form",
+                )
                 for kind, other in others.items()
             ),
-            Control(f"{k} directions of a random rotation", turned, "random"),
+            Control(f"{k} direction{'s' * (k > 1)} of a random rotation", turned, "random"),
             Control("the untouched network", subject.quality(), "reference"),
         ),
     )
@@ -185,9 +191,9 @@ def interaction_basis(subject: Subject, budget: Budget) -> Finding:
     free = report.free_directions / report.parameters
     return Finding(
         slug="interaction-basis",
-        headline=f"Layer {name} uses {layer.rank} of its {layer.width} directions, and {k} of them keep "
-        f"{_ENOUGH:.0%} of the quality; {report.free_directions:,} of {report.parameters:,} weights ({free:.0%}) of the linear "
-        "layers are free on these data.",
+        headline=f"Layer {name} uses {layer.rank} of its {layer.width} directions, and {k} of them "
+        f"{'keeps' if k == 1 else 'keep'} {_ENOUGH:.0%} of the quality; {report.free_directions:,} of {report.parameters:,} "
+        f"weights ({free:.0%}) of the linear layers are free on these data.",
         numbers=_numbers(basis, report, node, found, comparison.estimate),
         comparison=comparison,
         figure=_figure(curves, basis, subject.metric),

@@ -152,7 +152,7 @@ def local_interaction_basis(subject: Subject, budget: Budget) -> Finding:
         "anew from the inputs it has left, the rest at their mean. The further left a line rises to the dotted level, the "
         "fewer interactions the network needs in those coordinates; the numbers of features (in brackets) differ between them.",
         advice=(
-            f"Read the network between these layers in this basis: `interaction_graph` draws the {needed['lib']:,} edges, and "
+            "Read the network between these layers in this basis: interaction_graph draws its strongest edges, and "
             "LocalInteractionBasis.transform gives the features to look at."
             if fewer
             else "Principal components are as sparse here and simpler; the paper too finds that this basis does not help every "

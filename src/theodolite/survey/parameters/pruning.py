@@ -109,7 +109,7 @@ def relevance_pruning(subject: Subject, budget: Budget) -> Finding:
         max(enough, default=0.0), "of the units"
     )
     change = {name: f"{100 * (estimate.value - full.value):+.1f}" for name, estimate in kept.items()}
-    figure = blank("share of the units removed", "accuracy on validation rows, without training again")
+    figure = blank("share of the units removed", "accuracy on validation rows")
     inks = (INKS[0], INKS[1], INKS[2], INKS[3], INKS[6])
     for name, ink in zip(("lrp", "weight", "taylor", "gradient", "random"), inks, strict=True):
         runs = [_of(validation, "accuracy", name, amount) for amount in _AMOUNTS]
@@ -130,8 +130,8 @@ def relevance_pruning(subject: Subject, budget: Budget) -> Finding:
         figure=figure,
         reading="Units (neurons and filters) of all layers are ranked together by each criterion and the lowest share is cut out "
         f"of the network at once. Bands span {_DRAWS} draws of the reference rows; a criterion that needs luck has a wide band.",
-        advice=f"RelevancePruner(amount={amount}, criterion={best!r}).fit(network, x, y) gives the smaller network; training it "
-        "a little afterwards allows more.",
+        advice=f"RelevancePruner(amount={amount}, criterion={best!r}, step=None).fit(network, x, y) gives the smaller network; "
+        "training it a little afterwards allows more.",
         seed=budget.seed,
         caveats=(
             "One cut without training again; beyond about 40 % of the units relevance can be worse than the size of the weights, "

@@ -152,16 +152,20 @@ def intrinsic_dimension(subject: Subject, budget: Budget) -> Finding:
     if data.task == "classification" and measured.dimension is not None:
         shuffled = trainer.shuffled(min(total, 10 * shown), seeds)
         numbers[f"training accuracy on shuffled labels, {min(total, 10 * shown):,} coordinates"] = shuffled
+    # of a lopsided task 90 % of the quality is what a constant answer has too
+    beaten = all(control.kind != "null" for control in comparison.loses_to)
+    idle = None if beaten else "the commonest class" if data.classes else "the mean of the targets"
+    gain = curve.smallest(above_chance=True).dimension
     return Finding(
         slug="intrinsic-dimension",
-        headline=_headline(measured, shuffled, shown),
+        headline=_headline(measured, shuffled, shown, idle, gain),
         numbers=numbers,
         comparison=comparison,
         figure=_figure(measured, subject.metric, data.name),
         reading=f"Quality when only a random subspace of the {total:,} weights is trained, against the number of its "
         "coordinates; bands span the runs. The found number is where the line first reaches 90 % of direct training. Below, "
         "where this task stands among those of the paper.",
-        advice=_advice(measured, total),
+        advice=_advice(measured, total, idle),
         seed=budget.seed,
         caveats=(
             f"The {measured.projection} projection, {len(seeds)} seeds, the subject's own number of epochs, steps of {_LR}; "
@@ -190,7 +194,9 @@ def _numbers(measured: IntrinsicDimension, quality: Estimate, direct: Estimate, 
     return numbers
 
 
-def _headline(measured: IntrinsicDimension, shuffled: Estimate | None, shown: int) -> str:
+def _headline(
+    measured: IntrinsicDimension, shuffled: Estimate | None, shown: int, idle: str | None, gain: int | None
+) -> str:
     total = measured.total_dimension
     if measured.dimension is None or measured.compression is None:
         return (
@@ -201,6 +207,9 @@ def _headline(measured: IntrinsicDimension, shuffled: Estimate | None, shown: in
         f"{measured.dimension:,} of {total:,} dimensions ({measured.compression:,.0f} times fewer) reach 90 % of direct "
         "training"
     )
+    if idle is not None:
+        told = f"takes {gain:,}" if gain is not None else "takes more than were tried"
+        return f"{text}, but are not shown to beat {idle} as every answer; 90 % of the gain above the untrained network {told}."
     if shuffled is None:
         return f"{text}."
     ten = min(total, 10 * shown)
@@ -208,11 +217,17 @@ def _headline(measured: IntrinsicDimension, shuffled: Estimate | None, shown: in
     return f"{text}; {ten:,} {verb} shuffled labels ({shuffled.value:.0%} of them)."
 
 
-def _advice(measured: IntrinsicDimension, total: int) -> str:
+def _advice(measured: IntrinsicDimension, total: int, idle: str | None) -> str:
     if measured.dimension is None:
         return (
             "Train longer or widen the search with theodolite.parameters.subspace.measure_intrinsic_dimension; a task that "
             "needs most of its weights is memorised or badly matched by the architecture."
+        )
+    if idle is not None:
+        return (
+            f"Do not read this number alone: over the seeds, networks of so few dimensions are not shown to beat {idle} as "
+            "every answer. Compare architectures by the dimension at 90 % of the gain, or give "
+            "theodolite.parameters.subspace.measure_intrinsic_dimension another quality and more seeds."
         )
     return (
         f"Compare architectures by this number: fewer dimensions suit the data better. A checkpoint of {measured.dimension:,} "

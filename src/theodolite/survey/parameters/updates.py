@@ -116,19 +116,23 @@ def tucker_updates(subject: Subject, budget: Budget) -> Finding:
         )  # fmt: skip
     figure.update_xaxes(tickformat=".0%")
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
+    names = [repr(kernel.name.rpartition(".")[0]) for kernel in kernels]
+    layers = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
     verdict = "more than" if ours.value > matrix.value else "not more than"
     return Finding(
         slug="flora",
         headline=f"A Tucker core with {_SHOWN:.0%} of the numbers holds {ours.value:.0%} of what training changes in the "
-        f"convolutions ({len(kernels)} of them), {verdict} a matrix of at most that size ({matrix.value:.0%}).",
+        f"convolutions ({len(kernels)} of them), {verdict} a matrix of at most that size ({matrix.value:.0%}); a sum of "
+        f"rank-one kernels holds {held('cp', shown).value:.0%}.",
         numbers=numbers,
         comparison=comparison,
         figure=figure,
         reading="The network is trained from fresh starts, and the change of each convolution kernel is approximated: by a small "
         "core with a factor for each axis, by the best matrix of low rank, by a sum of rank-one kernels, and in random "
         "directions. The higher at the left, the fewer numbers an adapter needs; bands span the runs.",
-        advice="Adapt the convolutions by theodolite.parameters.tucker.adapt(model, ranks=0.2) instead of training them whole, "
-        "where the first line is high; where it is low, the update has no such structure and needs more numbers.",
+        advice=f"Adapt the convolutions by theodolite.parameters.tucker.adapt(model, ranks={_SHOWN}, include=[{layers}]) instead "
+        "of training them whole, where the first line is high; where it is low, the update has no such structure and needs "
+        "more numbers.",
         seed=budget.seed,
         caveats=(
             f"{_RUNS} trainings from fresh starts; the update of a fine-tuning is often of lower rank than that of a training.",
