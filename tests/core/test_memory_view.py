@@ -112,5 +112,5 @@ def test_arrays_are_taken_however_they_lie_in_memory():
     x = np.arange(12.0).reshape(4, 3)
     held = x.copy()
     held.setflags(write=False)
-    for given in (x[::-1], np.asfortranarray(x), held, x[:, ::-1]):
-        assert torch.equal(model_input(model, given), torch.tensor(given.tolist()))
+    for one in (x[::-1], np.asfortranarray(x), held, x[:, ::-1]):
+        assert torch.equal(model_input(model, one), torch.tensor(one.tolist()))
