@@ -176,7 +176,7 @@ def _ranks(across: Tensor, own: Tensor) -> Tensor:
 
 def _linear_cka(a: Tensor, b: Tensor) -> float:
     """|A^T B|^2 / (|A^T A| |B^T B|) of centred columns, in float64; it keeps no scale, so the fourth powers need not overflow."""
-    size_a, size_b = float(a.abs().max()), float(b.abs().max())
+    size_a, size_b = (float(part.abs().max()) or 1.0 for part in (a, b))
     mean_a, mean_b = a.double().mean(dim=0) / size_a, b.double().mean(dim=0) / size_b
     cross, own_a, own_b = (torch.zeros(len(p), len(q), dtype=torch.float64, device=a.device) for p, q in
                            ((mean_a, mean_b), (mean_a, mean_a), (mean_b, mean_b)))  # fmt: skip
