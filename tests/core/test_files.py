@@ -47,7 +47,7 @@ except DiskError as error:
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiskError, match="--out"):
+    with pytest.raises(DiskError, match="choose another"):
         make_folder(tmp_path / "file" / "atlas")
 
 

@@ -173,7 +173,7 @@ def test_a_finding_survives_json_with_unbounded_intervals():
 
 def test_a_folder_that_cannot_be_written_is_told_before_work(subject, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiskError, match="--out"):
+    with pytest.raises(DiskError, match="choose another"):
         survey(subject, tmp_path / "file" / "atlas")
 
 
