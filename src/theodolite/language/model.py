@@ -177,7 +177,7 @@ class LanguageModel(ABC):
         return {name: value for name, value in self.__dict__.items() if name not in self._unsaved}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         self._counting = threading.Lock()
 
     @property
