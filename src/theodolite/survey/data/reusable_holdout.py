@@ -94,7 +94,7 @@ def adaptive_data_analysis(subject: Subject, budget: Budget) -> Finding:
         advice=advice,
         seed=budget.seed,
         caveats=(
-            f"An attack on generated noise with as many rows as your {rows} are, {_REPEATS} runs; it says what is possible, "
+            f"An attack on generated noise with as many rows as you have {rows}, {_REPEATS} runs; it says what is possible, "
             "not what happened to your model.",
             "Thresholdout has the published experiment's settings (threshold 4/√n, noise 1/√n); below about 1,000 rows that "
             "threshold is so wide that it often passes on the training rows' answer.",
