@@ -101,7 +101,7 @@ def test_what_is_no_series_is_told(tmp_path, frame, options, error, text):
 def test_times_that_do_not_go_by_one_step_are_told(tmp_path):
     assert not any("spaced" in note or "row before" in note for note in loaded(tmp_path, table()).data.notes)
     gap = loaded(tmp_path, table(450).drop(index=range(100, 150))).data.notes
-    assert any("mostly 1 hours apart, up to 2.12 days before row 101;" in note for note in gap)
+    assert any("mostly 1 hour apart, up to 2.12 days before row 101;" in note for note in gap)
     months = pd.date_range("1990-01-31", periods=400, freq="ME").astype(str)
     assert not any("spaced" in note for note in loaded(tmp_path, table(when=months)).data.notes)
     twice = np.repeat(pd.date_range("2024-01-01", periods=200, freq="h").astype(str), 2)

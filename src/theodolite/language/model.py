@@ -237,16 +237,33 @@ class LanguageModel(ABC):
         with ThreadPoolExecutor(self._concurrency) as pool:
             return list(pool.map(lambda messages: self.chat(messages, **options), conversations))
 
-    def generate(self, prompt: str, n: int = 1, **options: Any) -> list[Completion]:
-        """n continuations of ``prompt`` (of an endpoint: answers to it), cut before the first of ``stop``.
-
-        options: temperature (0), top_p (1), max_tokens (512), seed (0), stop (texts), logprobs (False).
-        """
-        return self.generate_many([prompt], n, **options)[0]
+    def generate(
+        self,
+        prompt: str,
+        n: int = 1,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        max_tokens: int = 512,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        logprobs: bool = False,
+    ) -> list[Completion]:
+        """n continuations of ``prompt`` (of an endpoint: answers to it), cut before the first of ``stop``."""
+        return self.generate_many(
+            [prompt],
+            n,
+            temperature=temperature,
+            top_p=top_p,
+            max_tokens=max_tokens,
+            seed=seed,
+            stop=stop,
+            logprobs=logprobs,
+        )[0]
 
     def generate_many(self, prompts: Sequence[str], n: int = 1, **options: Any) -> list[list[Completion]]:
-        """`generate` for several prompts, in their order: an endpoint is asked for as many at a time as the model was
-        connected for, a local model writes all at the same time as far as its memory allows.
+        """`generate` with its options for several prompts, in their order: an endpoint is asked for as many at a time as it
+        was connected for, a local model writes all at the same time as far as its memory allows.
         """
         requests = [_continuation(prompt, n, **options) for prompt in prompts]
         keys = [self._key("generate", request) for request in requests]

@@ -127,7 +127,8 @@ def _unevenness(column: str, times: Any) -> tuple[str, ...]:
 
 def _span(seconds: float) -> str:
     unit, size = next((one for one in _UNITS if seconds >= one[1]), _UNITS[-1])
-    return f"{seconds / size:.3g} {unit}"
+    count = f"{seconds / size:.3g}"
+    return f"{count} {unit.removesuffix('s') if count == '1' else unit}"
 
 
 def _filled(name: str, table: Table, options: DataOptions) -> tuple[Table, tuple[str, ...]]:

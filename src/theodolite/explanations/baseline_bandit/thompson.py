@@ -6,6 +6,7 @@ Source: Chapelle and Li, 2011, An Empirical Evaluation of Thompson Sampling (Alg
 __all__ = ["BetaBernoulli", "Policy", "ThompsonLogistic", "UniformChoice"]
 
 import copy
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from scipy.special import expit
 from theodolite.core.errors import InputError
 
 
-class Policy:
+class Policy(ABC):
     """What chooses among arms, the one whose sampled value is largest, and learns from rewards of +1 and -1."""
 
     def __init__(self, n_arms: int, seed: int | list[int]) -> None:
@@ -39,12 +40,12 @@ class Policy:
         best = self._values(context, samples, copy.deepcopy(self.rng)).argmax(axis=1)
         return np.bincount(best, minlength=self.n_arms) / samples
 
+    @abstractmethod
     def update(self, arm: int, context: np.ndarray, reward: float) -> None:
         """Take in the reward (+1 or -1) of ``arm`` in ``context``."""
-        raise NotImplementedError
 
-    def _values(self, context: np.ndarray, samples: int, rng: np.random.Generator) -> np.ndarray:
-        raise NotImplementedError
+    @abstractmethod
+    def _values(self, context: np.ndarray, samples: int, rng: np.random.Generator) -> np.ndarray: ...
 
     def _checked(self, arm: int, reward: float) -> None:
         if not 0 <= arm < self.n_arms:
